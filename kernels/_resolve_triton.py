@@ -1,0 +1,125 @@
+# mypy: ignore-errors
+"""Triton bodies of ``resolve`` and ``wave_map``: one program does a layer's whole bookkeeping.
+
+Legend: E local experts, S slots; E2 and S2 are rounded up to powers of two. One program means
+that no two threads meet in memory: what one thread computes another gets through registers
+(``tl.gather``, ``tl.sort``), so the tables are read once at the start and written once at the end.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_moe_offload.kernels._dispatch_triton import (
+    count_experts,
+    first_blocks,
+    load_ids,
+    place_pairs,
+    write_blocks,
+)
+
+
+@triton.jit
+def replace(
+    missing_E, num_missing, free_S, expert_S, stamp_S, now,
+    slot_of_E, expert_of_S, stamp_of_S,
+    load_expert, load_slot, stream_expert,
+    S2: tl.constexpr,
+):  # fmt: skip
+    """Give the missing experts the free slots, oldest first; return how many got one."""
+    expert, slot = tl.arange(0, missing_E.shape[0]), tl.arange(0, S2)
+    num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
+    # One key orders by stamp, then slot: S2 is a power of two, so the slot is its lowest bits,
+    # below a stamp of -1 too. 53 bits are left for the stamp.
+    key_S = tl.where(free_S, stamp_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
+    victims = (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+
+    rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
+    loaded_E = missing_E & (rank_E < num_loads)
+    victim_E = tl.gather(victims, tl.where(loaded_E, rank_E, 0), 0)
+    evicted_E = tl.gather(expert_S, victim_E, 0)
+    # An evicted expert had a slot and a loaded one had none, so these two never collide.
+    tl.store(slot_of_E + evicted_E, -1, mask=loaded_E & (evicted_E >= 0))
+    tl.store(slot_of_E + expert, victim_E, mask=loaded_E)
+    tl.store(expert_of_S + victim_E, expert, mask=loaded_E)
+    tl.store(stamp_of_S + victim_E, tl.zeros_like(victim_E).to(tl.int64) + now, mask=loaded_E)
+    tl.store(load_expert + rank_E, expert, mask=loaded_E)
+    tl.store(load_slot + rank_E, victim_E, mask=loaded_E)
+    tl.store(stream_expert + rank_E - num_loads, expert, mask=missing_E & ~loaded_E)
+    return num_loads
+
+
+@triton.jit(do_not_specialize=["num_ids", "S"])
+def resolve_kernel(
+    ids, num_ids,
+    slot_of_E, expert_of_S, stamp_of_S, clock, S,
+    load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
+    sorted_pair, expert_of_block, num_blocks,
+    E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
+    COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """See ``resolve``; ``sorted_pair`` is None where the pairs need not be sorted."""
+    expert, slot = tl.arange(0, E2), tl.arange(0, S2)
+    slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
+    expert_S = tl.load(expert_of_S + slot, mask=slot < S, other=-1)
+    stamp_S = tl.load(stamp_of_S + slot, mask=slot < S, other=0)
+    now = tl.load(clock)
+    counter = tl.arange(0, 4)
+    totals = tl.load(counters + counter)
+
+    count_E = tl.zeros([E2], tl.int32)
+    for first in range(0, num_ids, COUNT_CHUNK):
+        pair = first + tl.arange(0, COUNT_CHUNK)
+        count_E += count_experts(load_ids(ids, pair, num_ids, E), E2)
+
+    active_E = count_E > 0
+    hit_E = active_E & (slot_E >= 0)
+    missing_E = active_E & (slot_E < 0)
+    num_hits = tl.sum(hit_E.to(tl.int32), 0)
+    num_missing = tl.sum(missing_E.to(tl.int32), 0)
+    tl.store(stamp_of_S + slot_E, tl.zeros_like(slot_E).to(tl.int64) + now, mask=hit_E)
+
+    num_loads = 0
+    # All experts resident is the common case of a good cache, and sorting is the dear part.
+    if num_missing > 0:
+        if EVICT:
+            read_S = tl.gather(count_E, tl.maximum(expert_S, 0), 0) > 0
+            free_S = (stamp_S < now) & ~(read_S & (expert_S >= 0))
+        else:
+            free_S = expert_S < 0
+        num_loads = replace(
+            missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
+            slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert, S2,
+        )  # fmt: skip
+    num_streams = num_missing - num_loads
+    tl.store(num_loads_ptr, num_loads)
+    tl.store(num_streams_ptr, num_streams)
+    # The order of Counter: active, hits, loads, streams.
+    steps = tl.where(counter == 0, num_hits + num_missing, num_hits)
+    steps = tl.where(counter == 2, num_loads, tl.where(counter == 3, num_streams, steps))
+    tl.store(counters + counter, totals + steps)
+
+    if sorted_pair is not None:
+        first_E, blocks_E = first_blocks(count_E, BLOCK_M)
+        write_blocks(
+            count_E, first_E, blocks_E, num_ids, sorted_pair, expert_of_block, num_blocks, BLOCK_M
+        )
+        place_pairs(ids, 0, num_ids, first_E * BLOCK_M, sorted_pair, E, E2, RANK_CHUNK)
+
+    # Every thread has read the clock before any thread moves it.
+    tl.debug_barrier()
+    tl.store(clock, now + 1)
+
+
+@triton.jit(do_not_specialize=["first", "rows"])
+def wave_map_kernel(
+    stream_expert, num_streams, first, rows, row_of_E, E: tl.constexpr, E2: tl.constexpr
+):
+    """See ``wave_map``."""
+    entry = tl.arange(0, E2)
+    stop = tl.minimum(tl.load(num_streams), first + rows)
+    in_wave = (entry >= first) & (entry < stop)
+    expert = tl.load(stream_expert + entry, mask=in_wave, other=0)
+    tl.store(row_of_E + entry, tl.full([E2], -1, tl.int32), mask=entry < E)
+    # The same entry may be cleared by one thread and set by another.
+    tl.debug_barrier()
+    tl.store(row_of_E + expert, entry - first, mask=in_wave)

@@ -1,0 +1,237 @@
+"""Which active expert sits where: hits, victims, loads and streams of one MoE layer.
+
+Legend: T tokens, K choices a token, E local experts, S slots, R rows of one staging block.
+"""
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_moe_offload.kernels._resolve_triton import resolve_kernel, wave_map_kernel
+from vllm_moe_offload.kernels.dispatch import RANK_CHUNK, Dispatch
+from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
+
+NOWHERE = -1
+"""Marks an expert without a slot, a slot without an expert, and an inactive routed id."""
+
+NEVER = -1
+"""Stamp of a slot that was never read: older than every step."""
+
+
+MAX_SLOTS = 1024
+MAX_EXPERTS = 1024
+"""What one program can sort and count in registers."""
+
+FUSED_PAIRS = 1024
+"""Up to here resolve's one program also sorts the pairs; above, many programs do it sooner."""
+
+COUNT_CHUNK = 2048
+"""Routed ids counted at once; more would spill registers, fewer would wait longer for memory."""
+
+
+class Counter(IntEnum):
+    """Positions in ``WorkList.counters``, all in units of experts."""
+
+    ACTIVE = 0
+    HITS = 1
+    LOADS = 2
+    STREAMS = 3
+
+
+@dataclass(frozen=True)
+class ResidencyTables:
+    """Device tables of one layer's slots, updated in place by resolve.
+
+    ``slot_of_E`` and ``expert_of_S`` (int32) are inverse to each other. ``stamp_S`` (int64)
+    holds the clock value at which a slot was last read, ``clock`` (int64, one element) counts
+    the layer's steps; 64 bits outlast any server.
+    """
+
+    slot_of_E: Tensor
+    expert_of_S: Tensor
+    stamp_S: Tensor
+    clock: Tensor
+
+    @classmethod
+    def empty(cls, num_experts: int, num_slots: int, device: torch.device) -> "ResidencyTables":
+        """Tables of a layer in which no expert is resident."""
+        return cls(
+            slot_of_E=torch.full((num_experts,), NOWHERE, dtype=torch.int32, device=device),
+            expert_of_S=torch.full((num_slots,), NOWHERE, dtype=torch.int32, device=device),
+            stamp_S=torch.full((num_slots,), NEVER, dtype=torch.int64, device=device),
+            clock=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """What a step has to move, in fixed-size lists with their lengths on the device.
+
+    The first ``num_loads`` entries of ``load_expert_E`` go to the slots ``load_slot_E``. The
+    first ``num_streams`` entries of ``stream_expert_E`` got no slot and pass through staging.
+    Both lists are in ascending order of the expert id. ``counters`` (int64, indexed by
+    ``Counter``) accumulates over steps. Entries past a length are undefined.
+    """
+
+    load_expert_E: Tensor
+    load_slot_E: Tensor
+    num_loads: Tensor
+    stream_expert_E: Tensor
+    num_streams: Tensor
+    counters: Tensor
+
+    @classmethod
+    def empty(cls, num_experts: int, device: torch.device) -> "WorkList":
+        """Lists for up to ``num_experts`` experts, with all counters at zero."""
+
+        def int32(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        return cls(
+            load_expert_E=int32(num_experts),
+            load_slot_E=int32(num_experts),
+            num_loads=int32(1),
+            stream_expert_E=int32(num_experts),
+            num_streams=int32(1),
+            counters=torch.zeros(len(Counter), dtype=torch.int64, device=device),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor of the list."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def resolve_torch(
+    ids_TK: Tensor,
+    tables: ResidencyTables,
+    work: WorkList,
+    *,
+    evict: bool,
+    dispatch: Dispatch | None = None,
+) -> None:
+    """Find the active experts' slots, give the missing ones new slots, list what to move.
+
+    Least recently used replacement. A resident active expert is a hit and its slot is stamped
+    with the clock. Missing experts, in ascending order, take the slots that this step does not
+    read, oldest stamp first and lower slot first among equals; empty slots are the oldest of
+    all. Those left over are listed as streams. With ``evict`` false only empty slots are given
+    away, so that a sweep over many tokens leaves the residents alone.
+
+    Args:
+        ids_TK: routed local expert ids, any integer type; negative ids are inactive and cost
+            nothing.
+        tables: updated in place; the clock advances by one.
+        work: overwritten in place; its counters are added to.
+        evict: whether a resident that this step does not read may lose its slot.
+        dispatch: if given, the pairs are also sorted by expert into it, see ``dispatch``.
+    """
+    ids = ids_TK.reshape(-1)
+    active_E = torch.zeros_like(tables.slot_of_E, dtype=torch.bool)
+    active_E[ids[ids >= 0].long()] = True
+    hit_E = active_E & (tables.slot_of_E >= 0)
+    tables.stamp_S[tables.slot_of_E[hit_E].long()] = tables.clock
+
+    missing = torch.nonzero(active_E & ~hit_E).flatten()
+    slots = _replaceable_slots(tables, evict=evict)
+    num_loads = min(missing.numel(), slots.numel())
+    _assign(tables, missing[:num_loads], slots[:num_loads])
+
+    _write(work.load_expert_E, work.num_loads, missing[:num_loads])
+    _write(work.load_slot_E, work.num_loads, slots[:num_loads])
+    _write(work.stream_expert_E, work.num_streams, missing[num_loads:])
+    work.counters[Counter.ACTIVE] += active_E.sum()
+    work.counters[Counter.HITS] += hit_E.sum()
+    work.counters[Counter.LOADS] += num_loads
+    work.counters[Counter.STREAMS] += missing.numel() - num_loads
+    tables.clock.add_(1)
+
+
+def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
+    """Slots that may be overwritten in this step, best victim first."""
+    by_age = torch.argsort(tables.stamp_S, stable=True)
+    free = tables.stamp_S < tables.clock if evict else tables.expert_of_S == NOWHERE
+    return by_age[free[by_age]]
+
+
+def _assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
+    evicted = tables.expert_of_S[slots]
+    tables.slot_of_E[evicted[evicted >= 0].long()] = NOWHERE
+    tables.slot_of_E[experts] = slots.int()
+    tables.expert_of_S[slots] = experts.int()
+    tables.stamp_S[slots] = tables.clock
+
+
+def _write(entries: Tensor, length: Tensor, values: Tensor) -> None:
+    entries[: values.numel()] = values.int()
+    length.fill_(values.numel())
+
+
+def resolve(
+    ids_TK: Tensor,
+    tables: ResidencyTables,
+    work: WorkList,
+    *,
+    evict: bool,
+    dispatch: Dispatch | None = None,
+) -> None:
+    """Do what ``resolve_torch`` does, in one launch of one program that the host never waits for.
+
+    More than ``FUSED_PAIRS`` pairs are sorted by further launches.
+    """
+    num_pairs = ids_TK.numel()
+    num_experts, num_slots = tables.slot_of_E.numel(), tables.expert_of_S.numel()
+    assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, at most {MAX_EXPERTS}"
+    assert num_slots <= MAX_SLOTS, f"{num_slots} slots, at most {MAX_SLOTS}"
+    fused = dispatch if num_pairs <= FUSED_PAIRS else None
+    # At least as many ids and experts as a program has threads in four and in one warp: no
+    # thread then counts what another one counts.
+    count_chunk = min(COUNT_CHUNK, max(128, triton.next_power_of_2(num_pairs)))
+    rank_chunk = min(RANK_CHUNK, max(16, triton.next_power_of_2(num_pairs)))
+    resolve_kernel[(1,)](
+        ids_TK.reshape(-1), num_pairs,
+        tables.slot_of_E, tables.expert_of_S, tables.stamp_S, tables.clock, num_slots,
+        work.load_expert_E, work.load_slot_E, work.num_loads,
+        work.stream_expert_E, work.num_streams, work.counters,
+        fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
+        E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),
+        S2=max(16, triton.next_power_of_2(num_slots)), EVICT=evict,
+        COUNT_CHUNK=count_chunk, RANK_CHUNK=rank_chunk,
+        BLOCK_M=fused.block_m if fused else 1,
+        num_warps=_num_warps(num_pairs, num_experts, num_slots),
+    )  # fmt: skip
+    if dispatch is not None and fused is None:
+        sort_pairs(ids_TK, dispatch)
+
+
+def _num_warps(num_pairs: int, num_experts: int, num_slots: int) -> int:
+    """Few warps wait less for each other, many sort and count more at once."""
+    return 4 if max(num_pairs, num_experts, num_slots) <= 256 else 8
+
+
+def wave_map_torch(work: WorkList, first: int, row_of_E: Tensor, *, rows: int) -> None:
+    """Map the streams ``first .. first + rows`` to staging rows ``0 .. rows``.
+
+    Args:
+        work: the step's work list.
+        first: position in the list of streams of the wave's first expert.
+        row_of_E: int32 [E], overwritten: staging row of each expert of the wave, else -1.
+        rows: rows of the staging block.
+    """
+    row_of_E.fill_(NOWHERE)
+    position_E = torch.arange(row_of_E.numel(), device=row_of_E.device)
+    in_wave_E = (
+        (position_E >= first) & (position_E < first + rows) & (position_E < work.num_streams)
+    )
+    row_of_E[work.stream_expert_E[in_wave_E].long()] = (position_E[in_wave_E] - first).int()
+
+
+def wave_map(work: WorkList, first: int, row_of_E: Tensor, *, rows: int) -> None:
+    """Do what ``wave_map_torch`` does, in one launch."""
+    num_experts = row_of_E.numel()
+    wave_map_kernel[(1,)](
+        work.stream_expert_E, work.num_streams, first, rows, row_of_E,
+        E=num_experts, E2=triton.next_power_of_2(num_experts),
+    )  # fmt: skip

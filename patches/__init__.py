@@ -1,0 +1,55 @@
+"""Everything that depends on vLLM's inside, one file a seam.
+
+Each seam changes one module of vLLM in its ``apply``, which runs once vLLM has imported that
+module; the seams themselves are imported no earlier, so that a process that never serves a model
+pays nothing. A changed function calls the original
+unless an offloaded model is at hand. Where a target has moved, the failure is kept and raised as
+soon as somebody asks for offloading; vLLM without the plugin's option goes on working.
+"""
+
+import importlib
+from functools import partial
+from types import ModuleType
+
+from vllm_moe_offload.patches import when_imported
+from vllm_moe_offload.patches.wrapping import PatchError
+
+SEAMS = {
+    "engine_args": "vllm.engine.arg_utils",
+    "routed_experts": "vllm.model_executor.layers.fused_moe.routed_experts",
+    "moe_runner": "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+    "model_loader": "vllm.model_executor.model_loader.base_loader",
+    "worker": "vllm.v1.worker.gpu_worker",
+}
+"""Module here and module of vLLM that it changes."""
+
+_failures: list[PatchError] = []
+_installed = False
+
+
+def install() -> None:
+    """Ask for every seam to be patched when vLLM imports it. Idempotent."""
+    global _installed  # noqa: PLW0603
+    if _installed:
+        return
+    _installed = True
+    for seam, target in SEAMS.items():
+        when_imported.call(target, partial(_apply, seam))
+
+
+def require_all() -> None:
+    """Raise the first failure of a patch.
+
+    Raises:
+        PatchError: this vLLM differs from what a patch expects.
+    """
+    if _failures:
+        raise _failures[0]
+
+
+def _apply(seam: str, module: ModuleType) -> None:
+    patch = importlib.import_module(f"{__name__}.{seam}")
+    try:
+        patch.apply(module)
+    except PatchError as error:
+        _failures.append(error)

@@ -1,0 +1,143 @@
+"""What the plugin refuses before anything is loaded, each with the option to change.
+
+Reads: the finished ``VllmConfig``.
+Versions: 0.32, 0.33.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import vllm
+from vllm.logger import init_logger
+
+from vllm_moe_offload import patches
+from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_names
+from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.version import check_version
+
+logger = init_logger("vllm.moe_offload")
+
+_DROP = "Drop it, or drop --plugin moe-offload"
+
+
+def check_environment() -> None:
+    """Refuse a vLLM that the patches do not fit."""
+    check_version(vllm.__version__)
+    patches.require_all()
+
+
+def check_model(vllm_config: Any, config: MoeOffloadConfig) -> bool:
+    """Whether the model has experts to offload.
+
+    Raises:
+        OffloadError: it has none and the user did not allow that, or ``layers`` names a layer
+            that it does not have.
+    """
+    model = vllm_config.model_config
+    if not model.is_moe:
+        if config.allow_dense:
+            logger.info("moe-offload: %s has no experts and is served untouched.", model.model)
+            return False
+        raise OffloadError(
+            "model",
+            model.model,
+            "it is a dense model without routed experts, so there is nothing to offload",
+            "Drop --plugin moe-offload, or add --moe-offload-allow-dense to serve it untouched",
+        )
+    last, total = config.last_layer(), model.get_total_num_hidden_layers()
+    if last is not None and last >= total:
+        raise OffloadError(
+            "layers",
+            config.layers,
+            f"the model's decoder layers are 0 to {total - 1}",
+            "Give layer numbers of this model, or all",
+        )
+    return True
+
+
+def check_features(vllm_config: Any) -> None:
+    """Refuse features of vLLM that move or wrap expert weights by themselves.
+
+    Raises:
+        OffloadError: for the first such feature that is on.
+    """
+    for option, value, active, reason in _conflicts(vllm_config):
+        if active:
+            raise OffloadError(
+                option, value, f"it does not work with offloaded experts: {reason}", _DROP
+            )
+
+
+def _conflicts(vllm_config: Any) -> list[tuple[str, object, bool, str]]:
+    parallel = vllm_config.parallel_config
+    data_parallel = parallel.data_parallel_size > 1 and parallel.enable_expert_parallel
+    uva, prefetch = vllm_config.offload_config.uva, vllm_config.offload_config.prefetch
+    return [
+        (
+            "--enable-eplb",
+            True,
+            parallel.enable_eplb,
+            "it moves expert weights between GPUs by itself",
+        ),
+        (
+            "--data-parallel-size",
+            parallel.data_parallel_size,
+            data_parallel,
+            "with --enable-expert-parallel tokens are dispatched inside the expert kernels",
+        ),
+        ("--enable-dbo", True, parallel.enable_dbo, "two batches would share one layer's slots"),
+        (
+            "--enable-lora",
+            True,
+            vllm_config.lora_config is not None,
+            "adapters on experts need all expert weights on the GPU",
+        ),
+        (
+            "--weight-transfer-config",
+            vllm_config.weight_transfer_config,
+            vllm_config.weight_transfer_config is not None,
+            "weights cannot be replaced once they are in the host pool",
+        ),
+        (
+            "--cpu-offload-gb",
+            uva.cpu_offload_gb,
+            uva.cpu_offload_gb > 0 and _names_experts(uva.cpu_offload_params),
+            "it would offload the experts a second time; --cpu-offload-params can keep it to "
+            "other weights",
+        ),
+        (
+            "--offload-group-size",
+            prefetch.offload_group_size,
+            prefetch.offload_group_size > 0 and _names_experts(prefetch.offload_params),
+            "it would offload the experts a second time; --offload-params can keep it to other "
+            "weights",
+        ),
+    ]
+
+
+def _names_experts(segments: set[str]) -> bool:
+    """Whether vLLM's own offloading may select expert weights; no selection means all."""
+    words = {word for segment in segments for word in segment.split(".")}
+    return not segments or any("expert" in w or w.startswith(("w13_", "w2_")) for w in words)
+
+
+def check_checkpoint(vllm_config: Any) -> None:
+    """Refuse a checkpoint on disk that lacks an expert tensor.
+
+    Raises:
+        OffloadError: with the tensor's name.
+    """
+    folder = Path(vllm_config.model_config.model)
+    if vllm_config.load_config.load_format == "dummy" or not folder.is_dir():
+        return
+    missing = missing_expert_tensors(
+        tensor_names(folder), vllm_config.model_config.get_num_experts()
+    )
+    if missing:
+        raise OffloadError(
+            "checkpoint",
+            folder,
+            f"{len(missing)} expert tensors are missing, the first is {missing[0]}",
+            "Download the checkpoint again or repair it",
+        )

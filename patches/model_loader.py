@@ -1,0 +1,67 @@
+"""One engine a loaded model, planned before its weights come.
+
+Target: ``BaseModelLoader.load_model`` and ``.create_model`` in
+    vllm.model_executor.model_loader.base_loader.
+Versions: 0.32, 0.33.
+Why: slots can be sized once all layers are known, and must be refused before weights load.
+How: an engine is at hand while the model is built; it is planned when the model stands and
+    finished when the weights are in.
+Can go: when vLLM has hooks around building and loading a model.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_moe_offload.config import KEY, MoeOffloadConfig
+from vllm_moe_offload.engine import OffloadEngine, describe
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.layer import building, building_engine
+from vllm_moe_offload.patches.worker import engines_of_loading_worker
+from vllm_moe_offload.patches.wrapping import wrap
+
+logger = init_logger("vllm.moe_offload")
+
+
+def apply(module: ModuleType) -> None:
+    """Give every offloaded model its engine."""
+    wrap(module.BaseModelLoader, "load_model", _load_model)
+    wrap(module.BaseModelLoader, "create_model", _create_model)
+
+
+def _load_model(
+    original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
+) -> Any:
+    options = vllm_config.additional_config.get(KEY)
+    if options is None:
+        return original(self, vllm_config, model_config, prefix)
+    device = vllm_config.load_config.device or vllm_config.device_config.device
+    engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device(device))
+    with building(engine):
+        model = original(self, vllm_config, model_config, prefix)
+    engine.finish_loading()
+    engines_of_loading_worker().append(engine)
+    return model
+
+
+def _create_model(
+    original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
+) -> Any:
+    model = original(self, vllm_config, model_config, prefix)
+    engine = building_engine()
+    if engine is None:
+        return model
+    if not engine.specs:
+        raise OffloadError(
+            "layers",
+            engine.config.layers,
+            f"no layer of {'/'.join(model_config.architectures)} that runs through vLLM's "
+            "fused-MoE layer is among them",
+            "Choose other layers, or drop --plugin moe-offload for this architecture",
+        )
+    engine.plan()
+    logger.info("%s", describe(engine))
+    return model

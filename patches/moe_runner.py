@@ -1,0 +1,29 @@
+"""Keep torch.compile out of the engine on CPU.
+
+Target: ``MoERunner._select_forward`` in vllm.model_executor.layers.fused_moe.runner.moe_runner.
+Versions: 0.32, 0.33.
+Why: on CPU vLLM calls the MoE forward as plain Python, and Dynamo would trace into the engine.
+How: choose the opaque operator that vLLM uses on CUDA.
+Can go: when the CPU backend uses the operator too.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vllm_moe_offload import layer as offload_layer
+from vllm_moe_offload.patches.wrapping import wrap
+
+
+def apply(module: ModuleType) -> None:
+    """Choose the operator for models that are offloaded."""
+    wrap(module.MoERunner, "_select_forward", _select_forward)
+
+
+def _select_forward(original: Callable[..., Any], self: Any) -> Any:
+    if offload_layer.building_engine() is None:
+        return original(self)
+    operators = torch.ops.vllm
+    return operators.moe_forward if self._shared_experts is None else operators.moe_forward_shared

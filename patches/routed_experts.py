@@ -1,0 +1,41 @@
+"""The swap: routed experts get an offload-aware quantisation method.
+
+Target: ``RoutedExperts._get_quant_method`` in vllm.model_executor.layers.fused_moe.routed_experts.
+Versions: 0.32, 0.33.
+Why: registering a replacement class by name misses the subclasses (gpt-oss, Transformers, ...).
+How: ask for a backend with one weight tensor an expert and routing outside, call the original,
+    and mix offloading into what it returns.
+Can go: when vLLM lets a plugin provide expert weights.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_moe_offload import layer as offload_layer
+from vllm_moe_offload.patches.wrapping import wrap
+
+
+def apply(module: ModuleType) -> None:
+    """Swap the method of every layer that the engine under construction takes."""
+    wrap(module.RoutedExperts, "_get_quant_method", _get_quant_method)
+
+
+def _get_quant_method(
+    original: Callable[..., Any], self: Any, prefix: str, quant_config: Any, moe_config: Any
+) -> Any:
+    engine = offload_layer.building_engine()
+    if engine is None or not engine.config.includes(_decoder_layer(prefix)):
+        return original(self, prefix, quant_config, moe_config)
+    if moe_config.device.type == "cuda":
+        moe_config.moe_backend = "triton"
+    if hasattr(moe_config, "require_decomposed_backend"):
+        moe_config.require_decomposed_backend = True
+    method = original(self, prefix, quant_config, moe_config)
+    offload_layer.offload(method, engine, prefix)
+    return method
+
+
+def _decoder_layer(prefix: str) -> int:
+    """First number in a layer's name: its decoder layer."""
+    return next((int(part) for part in prefix.split(".") if part.isdigit()), 0)

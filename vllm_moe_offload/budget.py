@@ -1,0 +1,150 @@
+"""How many slots each layer gets, and whether everything fits. Pure arithmetic.
+
+A slot of one decoder layer costs its row; all layers get the same number of slots, because on
+recorded activations a cache a layer is as good as one cache for all of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.memory import HostMemory
+
+MIB = 1 << 20
+
+AUTO_SHARE = 0.25
+"""Share of the experts that has a slot by default."""
+
+AUTO_STAGING_ROWS = 16
+"""Rows of a staging block by default: the waves are long enough to hide their start."""
+
+AUTO_STAGING_BYTES = 512 * MIB
+"""Largest staging block by default, though never less than one row."""
+
+
+@dataclass(frozen=True)
+class LayerDemand:
+    """What one offloaded layer needs."""
+
+    name: str
+    num_experts: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Slots of each layer in order, and the bytes of everything."""
+
+    slots: tuple[int, ...]
+    pool_bytes: int
+    slot_bytes: int
+    staging_block_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the compute device: slots and both staging blocks."""
+        return self.slot_bytes + 2 * self.staging_block_bytes
+
+
+def plan_budget(layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> Budget:
+    """Split the memory that the options give among the layers.
+
+    Raises:
+        OffloadError: a staging block is too small for one expert.
+    """
+    slots = tuple(_num_slots(layer, layers, config) for layer in layers)
+    return Budget(
+        slots=slots,
+        pool_bytes=sum(layer.num_experts * layer.row_bytes for layer in layers),
+        slot_bytes=sum(count * layer.row_bytes for count, layer in zip(slots, layers, strict=True)),
+        staging_block_bytes=_staging_block_bytes(layers, slots, config),
+    )
+
+
+def check_budget(
+    budget: Budget,
+    config: MoeOffloadConfig,
+    *,
+    host: HostMemory,
+    device_free: int,
+    device_name: str,
+    device_is_host: bool,
+) -> None:
+    """Refuse a budget that cannot be met.
+
+    Args:
+        budget: what is about to be allocated.
+        config: the options it came from.
+        host: host memory that can still be allocated.
+        device_free: bytes free on the compute device.
+        device_name: what to call the device in a message.
+        device_is_host: whether the device's memory is the host's, as on a CPU.
+
+    Raises:
+        OffloadError: with both figures and the option to change.
+    """
+    if budget.device_bytes > device_free:
+        raise OffloadError(
+            _size_option(config),
+            _size_value(config),
+            f"slots ({_gib(budget.slot_bytes)}) and staging "
+            f"({_gib(2 * budget.staging_block_bytes)}) need {_gib(budget.device_bytes)}, but "
+            f"{device_name} has {_gib(device_free)} free",
+            "Lower gpu_gb, cache_fraction or staging_mb",
+        )
+    needed = budget.pool_bytes + (budget.device_bytes if device_is_host else 0)
+    if needed > host.available:
+        raise OffloadError(
+            "host pool",
+            _gib(budget.pool_bytes),
+            f"the experts need {_gib(needed)} of host memory, but {host.limited_by} leaves "
+            f"{_gib(host.available)}",
+            "Free or add host memory, raise the container's limit, or use a checkpoint with "
+            "smaller experts",
+        )
+
+
+def _num_slots(layer: LayerDemand, layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> int:
+    if config.gpu_gb == "auto":
+        share = AUTO_SHARE if config.cache_fraction is None else config.cache_fraction
+        # A share such as 0.29 of 100 experts must not lose an expert to binary rounding.
+        return math.floor(share * layer.num_experts + 1e-6)
+    increment = sum(each.row_bytes for each in layers)
+    return min(layer.num_experts, int(config.gpu_gb * GIB) // increment)
+
+
+def _staging_block_bytes(
+    layers: Sequence[LayerDemand], slots: Sequence[int], config: MoeOffloadConfig
+) -> int:
+    streaming = [
+        layer for layer, count in zip(layers, slots, strict=True) if count < layer.num_experts
+    ]
+    if not streaming:
+        return 0
+    largest = max(layer.row_bytes for layer in streaming)
+    if config.staging_mb == "auto":
+        rows = min(AUTO_STAGING_ROWS, max(layer.num_experts for layer in streaming))
+        return max(largest, min(rows * largest, AUTO_STAGING_BYTES))
+    block = int(config.staging_mb * MIB) // 2
+    if block < largest:
+        raise OffloadError(
+            "staging_mb",
+            config.staging_mb,
+            f"each of the two blocks must hold one expert of {largest / MIB:.1f} MiB",
+            f"Give at least {math.ceil(2 * largest / MIB)}, or auto",
+        )
+    return block
+
+
+def _size_option(config: MoeOffloadConfig) -> str:
+    return "gpu_gb" if config.cache_fraction is None else "cache_fraction"
+
+
+def _size_value(config: MoeOffloadConfig) -> object:
+    return config.gpu_gb if config.cache_fraction is None else config.cache_fraction
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

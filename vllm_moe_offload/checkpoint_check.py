@@ -1,0 +1,44 @@
+"""Find expert tensors that a checkpoint lacks by looking at its headers alone."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+
+_PER_EXPERT = re.compile(r"^(?P<layer>.+\.experts?)\.(?P<expert>\d+)\.(?P<tensor>.+)$")
+
+
+def missing_expert_tensors(names: Iterable[str], num_experts: int) -> list[str]:
+    """Names that would complete the experts of every layer.
+
+    In checkpoints that store experts one by one, every layer holds the same tensors for each of
+    its experts; what one expert has and another lacks is missing.
+
+    Args:
+        names: all tensor names of the checkpoint.
+        num_experts: routed experts a layer, by the model's configuration.
+
+    Returns:
+        The missing names, sorted; empty for checkpoints that store experts stacked.
+    """
+    present: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if match := _PER_EXPERT.match(name):
+            present[match["layer"]][match["tensor"]].add(int(match["expert"]))
+    return sorted(
+        f"{layer}.{expert}.{tensor}"
+        for layer, tensors in present.items()
+        for tensor, experts in tensors.items()
+        for expert in set(range(num_experts)) - experts
+    )
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Read the names in all safetensors headers of a checkpoint's folder."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            names.extend(tensors.keys())
+    return names

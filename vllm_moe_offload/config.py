@@ -1,0 +1,128 @@
+"""The plugin's options, one frozen object for the three ways to give them."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_moe_offload.errors import OffloadError
+
+GIB = 1 << 30
+
+KEY = "moe_offload"
+"""Where the options travel inside vLLM's ``additional_config``."""
+
+Auto = Literal["auto"]
+PositiveGiB = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
+PositiveMiB = Annotated[float, Field(gt=0, le=100_000_000, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+
+_REMEDIES = {
+    "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
+    "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
+    "staging_mb": "Give a positive number of MiB, or auto",
+    "layers": "Give all, or decoder layer numbers such as 0-11,20",
+    "stats_interval_s": "Give a number of seconds, 0 to write no statistics",
+    "allow_dense": "Give true or false",
+}
+
+
+class MoeOffloadConfig(BaseModel):
+    """How much of the experts stays in GPU memory, and which layers are offloaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu_gb: PositiveGiB | Auto = Field(
+        default="auto",
+        description="GPU memory for expert slots in GiB; auto holds a quarter of the experts.",
+    )
+    cache_fraction: Share | None = Field(
+        default=None,
+        description="Share of each layer's experts that has a slot, 0 to 1, instead of gpu_gb.",
+    )
+    staging_mb: PositiveMiB | Auto = Field(
+        default="auto",
+        description="GPU memory in MiB for the two blocks through which experts without a slot "
+        "pass; auto sizes them by the model.",
+    )
+    layers: str = Field(
+        default="all",
+        pattern=r"^\s*(all|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*)\s*$",
+        description="Decoder layers whose experts are offloaded: all, or numbers such as 0-11,20.",
+    )
+    stats_interval_s: Seconds = Field(
+        default=60.0,
+        description="Seconds between two log lines of statistics; 0 writes none.",
+    )
+    allow_dense: bool = Field(
+        default=False,
+        description="Serve a model without experts untouched instead of refusing it.",
+    )
+
+    @model_validator(mode="after")
+    def _one_size_only(self) -> Self:
+        if self.cache_fraction is not None and self.gpu_gb != "auto":
+            raise OffloadError(
+                "cache_fraction",
+                self.cache_fraction,
+                f"gpu_gb = {self.gpu_gb} already sets the size of the slots",
+                "Give one of the two",
+            )
+        return self
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Self:
+        """Build the configuration from a user's options.
+
+        Raises:
+            OffloadError: an unknown name, or a value that is out of range.
+        """
+        if not isinstance(options, Mapping):
+            raise OffloadError(
+                KEY, options, "it is not a mapping of options", 'Give {"gpu_gb": 8}, or {}'
+            )
+        for name in options:
+            _check_name(str(name), cls.model_fields)
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, OffloadError):
+                raise cause from None
+            name = str(first["loc"][0])
+            raise OffloadError(
+                name, options[name], _problem(error, name), _REMEDIES[name]
+            ) from None
+
+    def includes(self, layer: int) -> bool:
+        """Whether the experts of this decoder layer are offloaded."""
+        return self.layers.strip() == "all" or any(
+            first <= layer <= last for first, last in self._ranges()
+        )
+
+    def last_layer(self) -> int | None:
+        """Highest decoder layer that ``layers`` names, None for all."""
+        if self.layers.strip() == "all":
+            return None
+        return max(last for _, last in self._ranges())
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        bounds = [part.strip().split("-") for part in self.layers.split(",")]
+        return [(int(b[0]), int(b[-1])) for b in bounds]
+
+
+def _check_name(name: str, known: Mapping[str, Any]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    remedy = f"Did you mean {near[0]}?" if near else f"The options are {', '.join(known)}"
+    raise OffloadError("option", name, "there is no such option", remedy.rstrip("?"))
+
+
+def _problem(error: ValidationError, name: str) -> str:
+    texts = [e["msg"] for e in error.errors() if e["loc"][0] == name]
+    # Of a union's complaints only the first, about the number, tells the user something.
+    return texts[0][0].lower() + texts[0][1:]

@@ -1,0 +1,336 @@
+"""The offload engine of one loaded model: owns pool, slots, staging and residency; runs layers.
+
+Knows nothing of vLLM. Life of an engine: ``add_layer`` for every MoE layer while the model is
+built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``.
+
+Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.arena import SlotArena
+from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
+from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, combine_torch, expert_mlp_torch
+from vllm_moe_offload.kernels.gather import gather_torch
+from vllm_moe_offload.kernels.resolve import NOWHERE, wave_map_torch
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.memory import available_host_memory
+from vllm_moe_offload.pool import HostPool, PoolSegment
+from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.staging import Staging
+
+SWEEP_PAIRS_PER_EXPERT = 16
+"""From this many routed pairs an expert on, a step is a sweep: it touches nearly all experts
+once, so what it brings in tells nothing about the steps after it and may evict nobody."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One MoE layer as the engine needs to know it.
+
+    ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
+    ``w13_bias`` [N], ``w2_bias`` [H].
+    """
+
+    name: str
+    num_experts: int
+    layout: ExpertLayout
+    activation: Activation
+    weight_on_input: bool = False
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start, in experts and bytes; ``active = hits + misses``."""
+
+    layers: int
+    experts_in_pool: int
+    slots: int
+    resident: int
+    pool_bytes: int
+    slot_bytes: int
+    staging_bytes: int
+    active: int
+    hits: int
+    misses: int
+    streamed: int
+    bytes_moved: int
+
+    def as_dict(self) -> dict[str, int]:
+        """All fields by name."""
+        return asdict(self)
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Add up the engines of several models or workers."""
+        mine, theirs = asdict(self), asdict(other)
+        return EngineStats(**{name: mine[name] + theirs[name] for name in mine})
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of the active experts that were in a slot."""
+        return self.hits / self.active if self.active else 0.0
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's parts once the budget is known."""
+
+    spec: LayerSpec
+    pool_rows_EB: Tensor
+    slot_rows_SB: Tensor
+    slot_weights: ExpertWeights
+    staging_rows_RB: tuple[Tensor, ...]
+    staging_weights: tuple[ExpertWeights, ...]
+    residency: Residency
+    row_of_E: Tensor
+
+    @property
+    def wave_rows(self) -> int:
+        return self.staging_rows_RB[0].shape[0]
+
+
+class OffloadEngine:
+    """Runs the routed experts of one model out of the host pool.
+
+    Args:
+        config: the plugin's options.
+        device: where the layers are computed; the host itself is allowed.
+    """
+
+    def __init__(self, config: MoeOffloadConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.pool = HostPool()
+        self.specs: list[LayerSpec] = []
+        self.budget: Budget | None = None
+        self._layers: list[_Layer] = []
+
+    def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
+        """Reserve the pool rows of the next layer in order of execution.
+
+        Returns:
+            The layer's number for ``run``, and its rows for the weight loader to fill.
+        """
+        assert self.budget is None, "layers are added before the budget is planned"
+        self.specs.append(spec)
+        return len(self.specs) - 1, self.pool.add(spec.name, spec.layout, spec.num_experts)
+
+    def plan(self) -> Budget:
+        """Decide slots and staging, check that everything fits, allocate them.
+
+        Raises:
+            OffloadError: the machine or the container cannot hold it.
+        """
+        demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
+        budget = plan_budget(demands, self.config)
+        self._check(budget)
+        self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
+        self.staging = Staging(budget.staging_block_bytes, self.device)
+        self.budget = budget
+        return budget
+
+    def finish_loading(self) -> None:
+        """Pin the pool and make the layers ready to run. Idempotent."""
+        if self._layers:
+            return
+        if self.device.type == "cuda":
+            self.pool.register()
+        self._layers = [self._ready(number) for number in range(len(self.specs))]
+
+    def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Compute the routed experts of a layer.
+
+        The residents, those just brought in among them, are computed first. Experts that got
+        no slot follow in waves through the staging blocks. Every (token, choice) pair writes a
+        row of its own, and one reduction in choice order ends the step, so that the result
+        does not depend on what was resident.
+
+        Args:
+            layer: its number from ``add_layer``.
+            x_TH: hidden states.
+            weight_TK: router weights.
+            ids_TK: routed local expert ids; negative ones are inactive.
+
+        Returns:
+            [T, H] of the type of ``x_TH``.
+        """
+        part = self._layers[layer]
+        work, tables = part.residency.work, part.residency.tables
+        evict = ids_TK.numel() < SWEEP_PAIRS_PER_EXPERT * part.spec.num_experts
+        part.residency.resolve(ids_TK, evict=evict)
+        gather_torch(
+            part.pool_rows_EB, part.slot_rows_SB, work.load_expert_E, work.load_slot_E,
+            work.num_loads,
+        )  # fmt: skip
+        hidden = part.slot_weights.w2_SHI.shape[1]
+        rows_TKH = x_TH.new_empty((*ids_TK.shape, hidden))
+        self._mlp(part, x_TH, weight_TK, ids_TK, tables.slot_of_E, part.slot_weights, rows_TKH)
+        for wave, first in enumerate(self._waves(part, ids_TK.numel(), evict=evict)):
+            block = wave % Staging.NUM_BLOCKS
+            gather_torch(
+                part.pool_rows_EB, part.staging_rows_RB[block], work.stream_expert_E, None,
+                work.num_streams, first=first, limit=part.wave_rows,
+            )  # fmt: skip
+            wave_map_torch(work, first, part.row_of_E, rows=part.wave_rows)
+            self._mlp(
+                part, x_TH, weight_TK, ids_TK, part.row_of_E, part.staging_weights[block], rows_TKH
+            )
+        y_TH = x_TH.new_empty((x_TH.shape[0], hidden))
+        combine_torch(rows_TKH, ids_TK, y_TH)
+        return y_TH
+
+    def stats(self) -> EngineStats:
+        """Return what happened since the start or the last reset; waits for the device."""
+        counts = [layer.residency.counts() for layer in self._layers]
+        moved = [count["loads"] + count["streams"] for count in counts]
+        return EngineStats(
+            layers=len(self.specs),
+            experts_in_pool=sum(spec.num_experts for spec in self.specs),
+            slots=sum(self.budget.slots) if self.budget else 0,
+            resident=sum(layer.residency.num_resident() for layer in self._layers),
+            pool_bytes=self.pool.num_bytes,
+            slot_bytes=self.arena.num_bytes,
+            staging_bytes=self.staging.num_bytes,
+            active=sum(count["active"] for count in counts),
+            hits=sum(count["hits"] for count in counts),
+            misses=sum(moved),
+            streamed=sum(count["streams"] for count in counts),
+            bytes_moved=sum(
+                count * spec.layout.row_bytes for count, spec in zip(moved, self.specs, strict=True)
+            ),
+        )
+
+    def reset_stats(self) -> None:
+        """Start counting anew; residency stays."""
+        for layer in self._layers:
+            layer.residency.work.counters.zero_()
+
+    def residency(self, layer: int) -> Residency:
+        """Return the tables of a layer."""
+        return self._layers[layer].residency
+
+    def slot_rows(self, layer: int) -> Tensor:
+        """Return the slots of a layer, uint8 [S, B]."""
+        return self._layers[layer].slot_rows_SB
+
+    def check_integrity(self) -> None:
+        """Raise unless every owner is consistent and every slot holds its expert's bytes."""
+        self.pool.check_integrity()
+        self.arena.check_integrity()
+        for layer, segment in zip(self._layers, self.pool.segments, strict=True):
+            layer.residency.check_integrity()
+            expert_of_S = layer.residency.tables.expert_of_S.cpu()
+            slots = (expert_of_S != NOWHERE).nonzero().flatten()
+            held = layer.slot_rows_SB[slots.to(self.device)].cpu()
+            assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
+                f"a slot of {segment.name} does not hold the expert that its table says"
+            )
+
+    def close(self) -> None:
+        """Unpin the pool."""
+        self._layers = []
+        self.pool.close()
+
+    def _check(self, budget: Budget) -> None:
+        host = available_host_memory()
+        on_host = self.device.type == "cpu"
+        check_budget(
+            budget,
+            self.config,
+            host=host,
+            device_free=host.available if on_host else torch.cuda.mem_get_info(self.device)[0],
+            device_name=host.limited_by if on_host else torch.cuda.get_device_name(self.device),
+            device_is_host=on_host,
+        )
+
+    def _ready(self, number: int) -> _Layer:
+        spec, segment = self.specs[number], self.pool.segments[number]
+        slots = self.arena.rows(number)
+        blocks = tuple(
+            self.staging.rows(block, spec.layout, limit=spec.num_experts)
+            for block in range(Staging.NUM_BLOCKS)
+        )
+        return _Layer(
+            spec=spec,
+            pool_rows_EB=segment.device_rows(self.device),
+            slot_rows_SB=slots,
+            slot_weights=_weights(spec.layout, slots),
+            staging_rows_RB=blocks,
+            staging_weights=tuple(_weights(spec.layout, block) for block in blocks),
+            residency=Residency(spec.num_experts, slots.shape[0], self.device),
+            row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
+        )
+
+    def _waves(self, part: _Layer, num_pairs: int, *, evict: bool) -> range:
+        """First positions in the list of streams of every wave that a step may need.
+
+        The bound follows from shapes alone, so that the launches are the same in every step of
+        a shape. On the host the list's own length is free to read and ends the loop earlier.
+        """
+        experts, slots = part.spec.num_experts, part.residency.num_slots
+        active = min(experts, num_pairs)
+        bound = max(0, active - slots) if evict else min(active, experts - slots)
+        if bound and self.device.type == "cpu":
+            bound = int(part.residency.work.num_streams)
+        return range(0, bound, max(1, part.wave_rows))
+
+    @staticmethod
+    def _mlp(
+        part: _Layer,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        row_of_E: Tensor,
+        weights: ExpertWeights,
+        rows_TKH: Tensor,
+    ) -> None:
+        expert_mlp_torch(
+            x_TH,
+            weight_TK,
+            ids_TK,
+            row_of_E,
+            weights,
+            part.spec.activation,
+            rows_TKH,
+            weight_on_input=part.spec.weight_on_input,
+        )
+
+
+def describe(engine: OffloadEngine) -> str:
+    """One line on what was offloaded and what it takes."""
+    assert engine.budget is not None
+    budget, specs = engine.budget, engine.specs
+    experts = sorted({spec.num_experts for spec in specs})
+    return (
+        f"moe-offload: {len(specs)} MoE layers of {_span(experts)} experts, "
+        f"{_size(budget.pool_bytes)} in the host pool, "
+        f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
+        f"{engine.device.type} memory, {_size(2 * budget.staging_block_bytes)} of staging"
+    )
+
+
+def _weights(layout: ExpertLayout, rows: Tensor) -> ExpertWeights:
+    views = layout.views(rows)
+    return ExpertWeights(
+        w13_SNH=views["w13_weight"],
+        w2_SHI=views["w2_weight"],
+        b13_SN=views.get("w13_bias"),
+        b2_SH=views.get("w2_bias"),
+    )
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes == 0:
+        return "0 B"
+    power = min(3, int(math.log(num_bytes, 1024)))
+    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -1,0 +1,86 @@
+"""How much host memory this process may still take, by the machine and by its container."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP_V1_UNLIMITED = 1 << 60
+"""cgroup v1 writes a page-rounded 2^63 where there is no limit."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes that can still be allocated, and what sets the limit."""
+
+    available: int
+    limited_by: str
+
+
+def available_host_memory(root: Path = Path("/")) -> HostMemory:
+    """Find the tightest limit on host memory.
+
+    Reads what the kernel calls available, and every control group (versions 1 and 2) that this
+    process is in, up to the root of each hierarchy. Memory of a group that is only page cache
+    counts as available.
+
+    Args:
+        root: where ``proc`` and ``sys`` are mounted.
+    """
+    candidates = [HostMemory(_meminfo(root)["MemAvailable"], "free memory of the machine")]
+    candidates += _cgroup_limits(root)
+    return min(candidates, key=lambda candidate: candidate.available)
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    fields = (line.split() for line in lines)
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}
+
+
+def _cgroup_limits(root: Path) -> Iterator[HostMemory]:
+    mount = root / "sys/fs/cgroup"
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            yield from _walk(mount, group, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            yield from _walk(
+                mount / "memory",
+                group,
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+
+
+def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[HostMemory]:
+    """Limits of a group and of every group above it.
+
+    Inside a container the group's own path often does not exist under the mount, while the
+    mount's top is the container's group: both are looked at.
+    """
+    path = Path(group.lstrip("/"))
+    for part in (path, *path.parents):
+        folder = mount / part
+        maximum = _number(folder / limit)
+        if maximum is None or maximum >= _CGROUP_V1_UNLIMITED:
+            continue
+        used = (_number(folder / usage) or 0) - _statistic(folder / "memory.stat", cache)
+        yield HostMemory(max(0, maximum - used), f"the container's limit of {maximum} bytes")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    values = dict(line.split(maxsplit=1) for line in _lines(path) if " " in line)
+    return int(values.get(name, 0))

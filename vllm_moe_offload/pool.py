@@ -1,0 +1,125 @@
+"""The host pool: every routed expert of the worker, one row an expert.
+
+Legend: E local experts of a layer, B bytes of a row.
+"""
+
+import mmap
+import weakref
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.layout import ExpertLayout
+
+_REGISTER_MAPPED = 2
+"""``cudaHostRegisterMapped``: the GPU may read the memory by its own address."""
+
+
+@dataclass(frozen=True)
+class PoolSegment:
+    """The rows of one layer."""
+
+    name: str
+    layout: ExpertLayout
+    rows_EB: Tensor
+    """uint8 on the host."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.rows_EB.numel()
+
+    def views(self) -> dict[str, Tensor]:
+        """By name every tensor of the layer as [E, ...] over the rows."""
+        return self.layout.views(self.rows_EB)
+
+    def device_rows(self, device: torch.device) -> Tensor:
+        """The same rows as the device addresses them; they must be registered."""
+        if device.type == "cpu":
+            return self.rows_EB
+        return torch.as_tensor(_MappedRows(self.rows_EB), device=device)
+
+
+class HostPool:
+    """Owns the memory of all segments.
+
+    The memory is anonymous and takes huge pages where the kernel offers them. It is registered
+    with CUDA once the weights are in; PyTorch's own pinned allocator is not used because it
+    rounds every allocation up to a power of two.
+    """
+
+    def __init__(self) -> None:
+        self.segments: list[PoolSegment] = []
+        self._registered: list[int] = []
+        self._finalizer = weakref.finalize(self, _unregister, self._registered)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.num_bytes for segment in self.segments)
+
+    def add(self, name: str, layout: ExpertLayout, num_experts: int) -> PoolSegment:
+        """Reserve the rows of one layer. Memory is taken when it is first written."""
+        size = num_experts * layout.row_bytes
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        rows_EB = torch.frombuffer(memory, dtype=torch.uint8).view(num_experts, layout.row_bytes)
+        self.segments.append(PoolSegment(name, layout, rows_EB))
+        return self.segments[-1]
+
+    def register(self) -> None:
+        """Pin all rows and map them into the GPU's address space.
+
+        Raises:
+            OffloadError: CUDA refuses, with its reason and what was registered so far.
+        """
+        for segment in self.segments:
+            address = segment.rows_EB.data_ptr()
+            if address in self._registered:
+                continue
+            status = torch.cuda.cudart().cudaHostRegister(
+                address, segment.num_bytes, _REGISTER_MAPPED
+            )
+            if int(status) != 0:
+                raise OffloadError(
+                    "host pool",
+                    f"{self.num_bytes} bytes",
+                    f"CUDA refused to pin the experts of {segment.name} "
+                    f"(error {int(status)}, {len(self._registered)} layers pinned before it)",
+                    "Raise the limit on locked memory (ulimit -l) or free host memory",
+                )
+            self._registered.append(address)
+
+    def close(self) -> None:
+        """Unpin the memory; it is freed with the last tensor that views it."""
+        self._finalizer()
+
+    def check_integrity(self) -> None:
+        """Raise unless the segments are disjoint and every row is whole."""
+        spans = sorted((segment.rows_EB.data_ptr(), segment.num_bytes) for segment in self.segments)
+        for (start, size), (following, _) in pairwise(spans):
+            assert start + size <= following, "two segments of the host pool overlap"
+        for segment in self.segments:
+            assert segment.rows_EB.shape[1] == segment.layout.row_bytes
+
+
+class _MappedRows:
+    """Hands host memory that CUDA has mapped to PyTorch under its device address."""
+
+    def __init__(self, rows_EB: Tensor) -> None:
+        self._rows_EB = rows_EB
+        self.__cuda_array_interface__ = {
+            "shape": tuple(rows_EB.shape),
+            "typestr": "|u1",
+            # Unified addressing: a registered address is the same on host and device.
+            "data": (rows_EB.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unregister(addresses: list[int]) -> None:
+    while addresses:
+        torch.cuda.cudart().cudaHostUnregister(addresses.pop())

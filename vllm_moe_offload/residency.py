@@ -1,0 +1,61 @@
+"""Residency: which expert of a layer sits in which of its slots."""
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.kernels.resolve import (
+    NOWHERE,
+    Counter,
+    ResidencyTables,
+    WorkList,
+    resolve_torch,
+)
+
+
+class Residency:
+    """One layer's tables, its work list, and the invariant between them.
+
+    Args:
+        num_experts: local experts of the layer.
+        num_slots: slots of the layer, from none to one for each expert.
+        device: where the tables live.
+    """
+
+    def __init__(self, num_experts: int, num_slots: int, device: torch.device) -> None:
+        self.tables = ResidencyTables.empty(num_experts, num_slots, device)
+        self.work = WorkList.empty(num_experts, device)
+
+    @property
+    def num_experts(self) -> int:
+        """Local experts of the layer."""
+        return self.tables.slot_of_E.numel()
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the layer."""
+        return self.tables.expert_of_S.numel()
+
+    def resolve(self, ids_TK: Tensor, *, evict: bool) -> None:
+        """Update tables and work list for the ids that were routed, see ``kernels.resolve``."""
+        resolve_torch(ids_TK, self.tables, self.work, evict=evict)
+
+    def counts(self) -> dict[str, int]:
+        """Experts counted since the start by what happened to them; waits for the device."""
+        values = self.work.counters.tolist()
+        return {counter.name.lower(): values[counter] for counter in Counter}
+
+    def num_resident(self) -> int:
+        """Experts that have a slot now; waits for the device."""
+        return int((self.tables.expert_of_S != NOWHERE).sum())
+
+    def check_integrity(self) -> None:
+        """Raise unless the two maps are inverse and the counters add up."""
+        slot_of_E, expert_of_S = self.tables.slot_of_E.cpu(), self.tables.expert_of_S.cpu()
+        experts = torch.nonzero(slot_of_E != NOWHERE).flatten()
+        slots = torch.nonzero(expert_of_S != NOWHERE).flatten()
+        assert experts.numel() == slots.numel(), "an expert or a slot is mapped twice"
+        assert torch.equal(expert_of_S[slot_of_E[experts].long()].long(), experts)
+        assert torch.equal(slot_of_E[expert_of_S[slots].long()].long(), slots)
+        assert bool((self.tables.stamp_S < self.tables.clock).all()), "a slot is ahead of time"
+        counts = self.counts()
+        assert counts["active"] == counts["hits"] + counts["loads"] + counts["streams"]
