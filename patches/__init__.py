@@ -20,6 +20,7 @@ SEAMS = {
     "moe_runner": "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "model_loader": "vllm.model_executor.model_loader.base_loader",
     "worker": "vllm.v1.worker.gpu_worker",
+    "cpu_worker": "vllm.v1.worker.cpu_worker",
 }
 """Module here and module of vLLM that it changes."""
 
@@ -48,8 +49,14 @@ def require_all() -> None:
 
 
 def _apply(seam: str, module: ModuleType) -> None:
-    patch = importlib.import_module(f"{__name__}.{seam}")
     try:
-        patch.apply(module)
+        importlib.import_module(f"{__name__}.{seam}").apply(module)
     except PatchError as error:
         _failures.append(error)
+    except (ImportError, AttributeError) as error:
+        _failures.append(
+            PatchError(
+                f"moe-offload: {module.__name__} differs in this version of vLLM: {error}. "
+                "Install a tested version of vLLM, or drop --plugin moe-offload."
+            )
+        )

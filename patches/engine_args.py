@@ -52,11 +52,9 @@ def _check_plugin(plugin: str | None) -> None:
 
 
 def _with_options(extra: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(options, dict):
-        raise OffloadError(
-            KEY, options, "it is not a mapping of options", 'Give {"gpu_gb": 8}, or {}'
-        )
+    _check_mapping(options)
     before = extra.get(KEY) or {}
+    _check_mapping(before)
     for name, value in options.items():
         if name in before and before[name] != value:
             raise OffloadError(
@@ -66,6 +64,13 @@ def _with_options(extra: dict[str, Any], options: dict[str, Any]) -> dict[str, A
                 "Give the option in one place",
             )
     return {**extra, KEY: {**before, **options}}
+
+
+def _check_mapping(options: Any) -> None:
+    if not isinstance(options, dict):
+        raise OffloadError(
+            KEY, options, "it is not a mapping of options", 'Give {"gpu_gb": 8}, or {}'
+        )
 
 
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
@@ -100,7 +105,9 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
 def _update(namespace: argparse.Namespace, options: dict[str, Any]) -> None:
     # The parser's default is one object for all who parse: never change it in place.
     extra = dict(getattr(namespace, "additional_config", None) or {})
-    extra[KEY] = {**(extra.get(KEY) or {}), **options}
+    before = extra.get(KEY) or {}
+    _check_mapping(before)
+    extra[KEY] = {**before, **options}
     namespace.additional_config = extra
 
 
@@ -147,6 +154,7 @@ def _merge_additional_config(parser: Any) -> None:
             super().__call__(parser, namespace, *rest)
             if before is not None:
                 given = (namespace.additional_config or {}).get(KEY) or {}
+                _check_mapping(given)
                 _update(namespace, {**before, **given})
 
     action.__class__ = Merge

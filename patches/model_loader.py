@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_moe_offload import fill
 from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine, describe
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.layer import building, building_engine
 from vllm_moe_offload.patches.worker import engines_of_loading_worker
 from vllm_moe_offload.patches.wrapping import wrap
 
@@ -38,6 +38,9 @@ def _load_model(
     options = vllm_config.additional_config.get(KEY)
     if options is None:
         return original(self, vllm_config, model_config, prefix)
+    # Its imports may be incomplete when we are applied.
+    from vllm_moe_offload.layer import building
+
     device = vllm_config.load_config.device or vllm_config.device_config.device
     engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device(device))
     with building(engine):
@@ -50,6 +53,8 @@ def _load_model(
 def _create_model(
     original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
 ) -> Any:
+    from vllm_moe_offload.layer import building_engine
+
     model = original(self, vllm_config, model_config, prefix)
     engine = building_engine()
     if engine is None:
@@ -63,5 +68,8 @@ def _create_model(
             "Choose other layers, or drop --plugin moe-offload for this architecture",
         )
     engine.plan()
+    # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
+    for segment in engine.pool.segments:
+        fill.mark(segment.views())
     logger.info("%s", describe(engine))
     return model

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from vllm_moe_offload import layer as offload_layer
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -23,6 +22,9 @@ def apply(module: ModuleType) -> None:
 
 
 def _select_forward(original: Callable[..., Any], self: Any) -> Any:
+    # Imports from the package that holds the target, which is incomplete when we are applied.
+    from vllm_moe_offload import layer as offload_layer
+
     if offload_layer.building_engine() is None:
         return original(self)
     operators = torch.ops.vllm

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_moe_offload import layer as offload_layer
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -24,6 +23,9 @@ def apply(module: ModuleType) -> None:
 def _get_quant_method(
     original: Callable[..., Any], self: Any, prefix: str, quant_config: Any, moe_config: Any
 ) -> Any:
+    # Imports from the package that holds the target, which is incomplete when we are applied.
+    from vllm_moe_offload import layer as offload_layer
+
     engine = offload_layer.building_engine()
     if engine is None or not engine.config.includes(_decoder_layer(prefix)):
         return original(self, prefix, quant_config, moe_config)
@@ -32,7 +34,8 @@ def _get_quant_method(
     if hasattr(moe_config, "require_decomposed_backend"):
         moe_config.require_decomposed_backend = True
     method = original(self, prefix, quant_config, moe_config)
-    offload_layer.offload(method, engine, prefix)
+    quantization = quant_config.get_name() if quant_config is not None else "none"
+    offload_layer.offload(method, engine, prefix, quantization)
     return method
 
 

@@ -18,6 +18,9 @@ def call(name: str, callback: Callback) -> None:
     if module is not None and not _is_initializing(module):
         callback(module)
         return
+    if module is not None:
+        # Our finder comes too late for this import.
+        module.__spec__.__class__ = _CallingSpec
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     _pending.setdefault(name, []).append(callback)
@@ -25,6 +28,24 @@ def call(name: str, callback: Callback) -> None:
 
 def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _call_back(module: ModuleType) -> None:
+    for callback in _pending.pop(module.__name__, []):
+        callback(module)
+
+
+class _CallingSpec(ModuleSpec):
+    """Spec of a module that is being imported, which calls back when that has succeeded."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name != "_initializing" or value:
+            return
+        self.__class__ = ModuleSpec  # type: ignore[assignment]
+        module = sys.modules.get(self.name)
+        if module is not None and module.__spec__ is self:
+            _call_back(module)
 
 
 class _Finder(MetaPathFinder):
@@ -56,8 +77,7 @@ class _CallingLoader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        for callback in _pending.pop(module.__name__, []):
-            callback(module)
+        _call_back(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -31,7 +31,7 @@ def apply(module: ModuleType) -> None:
     """Let the worker keep and report its engines."""
     worker = module.Worker
     wrap(worker, "load_model", _load_model)
-    wrap(worker, "compile_or_warm_up_model", _warm_up)
+    wrap(worker, "compile_or_warm_up_model", warm_up)
     wrap(worker, "execute_model", _execute_model)
     wrap(worker, "sleep", _sleep)
     wrap(worker, "reload_weights", _refuse_weights)
@@ -56,7 +56,8 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
         _loading.reset(token)
 
 
-def _warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Start the statistics anew once the worker has warmed up."""
     result = original(self, *args, **kwargs)
     for engine in _engines(self):
         engine.reset_stats()

@@ -41,13 +41,14 @@ def building_engine() -> OffloadEngine | None:
     return _building.get()
 
 
-def offload(method: Any, engine: OffloadEngine, prefix: str) -> None:
+def offload(method: Any, engine: OffloadEngine, prefix: str, quantization: str) -> None:
     """Turn a layer's quantisation method into an offload-aware one, in place.
 
     Args:
         method: what vLLM chose for the layer.
         engine: the engine that the layer joins.
         prefix: the layer's name in the model.
+        quantization: what vLLM calls the format of the experts, for the message.
 
     Raises:
         OffloadError: the experts are quantised in a way that cannot be offloaded.
@@ -56,8 +57,8 @@ def offload(method: Any, engine: OffloadEngine, prefix: str) -> None:
     if not isinstance(method, UnquantizedFusedMoEMethod):
         raise OffloadError(
             "quantization",
-            kind.__name__,
-            f"the experts of {prefix} are quantised, and only 16-bit and 32-bit experts can be "
+            quantization,
+            f"the experts of {prefix} are quantised ({kind.__name__}), and only 16-bit and 32-bit experts can be "
             "offloaded",
             "Use an unquantised checkpoint, drop --quantization, or drop --plugin moe-offload",
         )
@@ -100,7 +101,6 @@ class OffloadMixin(FusedMoEMethodBase):
         )
         self.offload_layer, segment = self.offload_engine.add_layer(spec)
         views = segment.views()
-        fill.mark(views)
         for name, parameter in parameters.items():
             parameter.data = views[name]
 

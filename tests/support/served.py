@@ -1,0 +1,109 @@
+"""Run a checkpoint in vLLM, in this process or in one of its own."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cpu_settings import env, llm_kwargs
+from reference import Generation
+
+PLUGIN = "moe-offload"
+
+
+def offloaded(**options: Any) -> dict[str, Any]:
+    """Keyword arguments of ``LLM`` that turn the plugin on."""
+    return {"plugin": PLUGIN, "moe_offload": options}
+
+
+@contextmanager
+def engine(path: Path, family: str, **kwargs: Any) -> Iterator[Any]:
+    """An ``LLM`` in this process, taken down completely at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(str(path), **{**llm_kwargs(family), "max_model_len": 256, **kwargs})
+    try:
+        yield llm
+    finally:
+        # The caller's variable may outlive the block, and a late finalizer would take down the
+        # process groups of the next engine.
+        vars(llm).clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(
+    llm: Any, prompts: Sequence[list[int]], max_tokens: int, *, logprobs: int | None = 5
+) -> list[Generation]:
+    """Continue each prompt greedily by exactly ``max_tokens`` tokens."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=logprobs
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [r.outputs[0] for r in llm.generate(requests, sampling, use_tqdm=False)]
+    return [_generation(output) for output in outputs]
+
+
+def _generation(output: Any) -> Generation:
+    steps = output.logprobs or []
+    return Generation(
+        token_ids=list(output.token_ids),
+        logprobs=[
+            step[token].logprob for token, step in zip(output.token_ids, steps, strict=bool(steps))
+        ],
+        top_logprobs=[{token: entry.logprob for token, entry in step.items()} for step in steps],
+    )
+
+
+def tokens(generations: Sequence[Generation]) -> list[list[int]]:
+    """Only the token ids."""
+    return [generation.token_ids for generation in generations]
+
+
+def generate_in_subprocess(
+    path: Path,
+    family: str,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    *,
+    environment: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> list[Generation]:
+    """Like ``engine`` and ``generate``, for settings that belong to a whole process."""
+    job = {"path": str(path), "family": family, "prompts": list(prompts)}
+    job |= {"max_tokens": max_tokens, "kwargs": kwargs}
+    variables = env(family, kwargs.get("tensor_parallel_size", 1)) | (environment or {})
+    result = subprocess.run(
+        [sys.executable, "-P", __file__],
+        input=json.dumps(job),
+        env={**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
+    line = result.stdout.rsplit("RESULT ", 1)[1].splitlines()[0]
+    return [Generation(g["token_ids"], g["logprobs"], []) for g in json.loads(line)]
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    with engine(Path(job["path"]), job["family"], **job["kwargs"]) as llm:
+        results = generate(llm, job["prompts"], job["max_tokens"])
+    print(
+        "RESULT "
+        + json.dumps([{"token_ids": g.token_ids, "logprobs": g.logprobs} for g in results])
+    )
+
+
+if __name__ == "__main__":
+    _main()
