@@ -14,49 +14,51 @@ def activate(
     BETA: tl.constexpr, SITU_BETA: tl.constexpr, SITU_LINEAR_BETA: tl.constexpr,
 ):  # fmt: skip
     """Apply the activation; half the columns come back if it is gated."""
-    if not GATED:
-        return _plain(h_MN, NAME)
-    pairs: tl.constexpr = (h_MN.shape[0], h_MN.shape[1] // 2, 2)
-    gate, up = tl.split(tl.reshape(h_MN, pairs))
-    if NAME == "swigluoai":
-        return _swiglu_oai(_at_most(gate, 7.0), _within(up, 7.0), 1.702, 1.0)
-    if NAME == "swiglustep":
-        return _at_most(_silu(gate), LIMIT or 7.0) * _within(up, LIMIT or 7.0)
-    if NAME == "situ":
-        return _situ(gate, up, SITU_BETA, SITU_LINEAR_BETA)
-    if NAME == "gelu":
-        return _gelu(gate) * up
-    if NAME == "gelu_tanh":
-        return _gelu_tanh(gate) * up
-    if LIMIT is not None:
-        gate, up = _at_most(gate, LIMIT), _within(up, LIMIT)
-    if NAME == "silu":
-        return _silu(gate) * up
-    tl.static_assert(NAME == "swigluoai_uninterleave")
-    return _swiglu_oai(gate, up, ALPHA, BETA)
-
-
-@triton.jit
-def _plain(h, NAME: tl.constexpr):
-    if NAME == "silu_no_mul":
-        return _silu(h)
-    if NAME == "gelu_no_mul":
-        return _gelu(h)
-    if NAME == "gelu_tanh_no_mul":
-        return _gelu_tanh(h)
-    tl.static_assert(NAME == "relu2_no_mul")
-    positive = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return positive * positive
+    if GATED:
+        pairs: tl.constexpr = (h_MN.shape[0], h_MN.shape[1] // 2, 2)
+        gate, up = tl.split(tl.reshape(h_MN, pairs))
+        if NAME == "silu":
+            y = _silu(_at_most(gate, LIMIT)) * _within(up, LIMIT)
+        elif NAME == "gelu":
+            y = _gelu(gate) * up
+        elif NAME == "gelu_tanh":
+            y = _gelu_tanh(gate) * up
+        elif NAME == "swigluoai":
+            y = _swiglu_oai(gate, up, 7.0, 1.702, 1.0)
+        elif NAME == "swigluoai_uninterleave":
+            y = _swiglu_oai(gate, up, LIMIT, ALPHA, BETA)
+        elif NAME == "swiglustep":
+            y = _swiglu_step(gate, up, 7.0 if LIMIT is None else LIMIT)
+        elif NAME == "situ":
+            y = _situ(gate, up, SITU_BETA, SITU_LINEAR_BETA)
+    elif NAME == "silu_no_mul":
+        y = _silu(h_MN)
+    elif NAME == "gelu_no_mul":
+        y = _gelu(h_MN)
+    elif NAME == "gelu_tanh_no_mul":
+        y = _gelu_tanh(h_MN)
+    elif NAME == "relu2_no_mul":
+        y = _relu(h_MN) * _relu(h_MN)
+    return y
 
 
 @triton.jit
 def _at_most(x, limit: tl.constexpr):
-    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    if limit is not None:
+        x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit
 def _within(x, limit: tl.constexpr):
-    return tl.maximum(_at_most(x, limit), -limit, propagate_nan=tl.PropagateNan.ALL)
+    if limit is not None:
+        x = tl.maximum(_at_most(x, limit), -limit, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -76,8 +78,14 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def _swiglu_oai(gate, up, alpha: tl.constexpr, beta: tl.constexpr):
+def _swiglu_oai(gate, up, limit: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr):
+    gate, up = _at_most(gate, limit), _within(up, limit)
     return gate * tl.sigmoid(alpha * gate) * (up + beta)
+
+
+@triton.jit
+def _swiglu_step(gate, up, limit: tl.constexpr):
+    return _at_most(_silu(gate), limit) * _within(up, limit)
 
 
 @triton.jit

@@ -61,7 +61,9 @@ def place_pairs(
         rank = tl.sum((same & earlier).to(tl.int32), 1)
         place = tl.gather(place_E, tl.maximum(expert, 0), 0) + rank
         tl.store(sorted_pair + place, first + lane, mask=expert >= 0)
-        place_E += count_experts(expert, E2)
+        # In decode all pairs are one chunk, behind which nobody asks for the next places.
+        if first + CHUNK < stop:
+            place_E += count_experts(expert, E2)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -48,17 +48,17 @@ def _product(
 
 @triton.jit
 def gate_up_kernel(
-    x, x_stride, w13, w13_row_stride, w13_stride, b13, b13_row_stride, hidden, weight,
+    x, x_stride, w13, w13_row_stride, w13_stride, b13, b13_row_stride, h_PI, weight,
     sorted_pair, expert_of_block, num_blocks_ptr, row_of_E, num_pairs,
-    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, WEIGH: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, CHOICES: tl.constexpr, WEIGH: tl.constexpr,
     NAME: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     SITU_BETA: tl.constexpr, SITU_LINEAR_BETA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``hidden[t K + k] = act(w13[row] @ x[t] + b13[row])``."""
-    COLUMNS: tl.constexpr = 2 * I if GATED else I
+    """``h_PI[t K + k] = act(w13[row] @ x[t] + b13[row])``."""
+    COLUMNS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
     if program >= num_blocks * TILES_N:
@@ -74,10 +74,10 @@ def gate_up_kernel(
     column = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % COLUMNS
     if GATED and not INTERLEAVED:
         # A tile takes gate and up in turn, so that both of a value meet in one thread.
-        column = column % 2 * I + column // 2
+        column = column % 2 * INTERMEDIATE + column // 2
     acc = _product(
-        x + (pair // K).to(tl.int64) * x_stride, real, w13 + row * w13_row_stride
-        + column * w13_stride, H, BLOCK_K, UPCAST,
+        x + (pair // CHOICES).to(tl.int64) * x_stride, real, w13 + row * w13_row_stride
+        + column * w13_stride, HIDDEN, BLOCK_K, UPCAST,
     )  # fmt: skip
     if WEIGH:
         # Before the bias, so the same as weighing the input.
@@ -88,20 +88,20 @@ def gate_up_kernel(
 
     WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     i = tile_n * WIDTH + tl.arange(0, WIDTH)
-    h_ptrs = hidden + pair.to(tl.int64)[:, None] * I + i[None, :]
-    tl.store(h_ptrs, h.to(hidden.dtype.element_ty), mask=real[:, None] & (i < I)[None, :])
+    h_ptrs = h_PI + pair.to(tl.int64)[:, None] * INTERMEDIATE + i[None, :]
+    tl.store(h_ptrs, h.to(h_PI.dtype.element_ty), mask=real[:, None] & (i < INTERMEDIATE)[None, :])
 
 
 @triton.jit
 def down_kernel(
-    hidden, w2, w2_row_stride, w2_stride, b2, b2_row_stride, out, out_stride, weight,
+    h_PI, w2, w2_row_stride, w2_stride, b2, b2_row_stride, out, out_stride, weight,
     sorted_pair, expert_of_block, num_blocks_ptr, row_of_E, num_pairs,
-    H: tl.constexpr, I: tl.constexpr, WEIGH: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, WEIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``out[t K + k] = weight[t K + k] * (w2[row] @ hidden[t K + k] + b2[row])``."""
-    TILES_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    """``out[t K + k] = weight[t K + k] * (w2[row] @ h_PI[t K + k] + b2[row])``."""
+    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
     if program >= num_blocks * TILES_N:
         return
@@ -113,30 +113,30 @@ def down_kernel(
     real = pair < num_pairs
 
     h = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = h % H
+    column = h % HIDDEN
     acc = _product(
-        hidden + pair.to(tl.int64) * I, real, w2 + row * w2_row_stride + column * w2_stride,
-        I, BLOCK_K, UPCAST,
+        h_PI + pair.to(tl.int64) * INTERMEDIATE, real, w2 + row * w2_row_stride
+        + column * w2_stride, INTERMEDIATE, BLOCK_K, UPCAST,
     )  # fmt: skip
     if b2 is not None:
         acc += tl.load(b2 + row * b2_row_stride + column).to(tl.float32)[None, :]
     if WEIGH:
         acc *= tl.load(weight + pair, mask=real, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out + pair.to(tl.int64)[:, None] * out_stride + h[None, :]
-    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=real[:, None] & (h < H)[None, :])
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=real[:, None] & (h < HIDDEN)[None, :])
 
 
 @triton.jit
 def combine_kernel(
     rows, row_stride, ids, y, y_stride,
-    H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,
+    HIDDEN: tl.constexpr, CHOICES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """``y[t] = sum of rows[t, k] over active k``, in choice order."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_H], tl.float32)
-    for k in tl.static_range(K):
-        active = tl.load(ids + token * K + k) >= 0
-        row_ptrs = rows + (token * K + k) * row_stride + h
-        total += tl.load(row_ptrs, mask=(h < H) & active, other=0.0).to(tl.float32)
-    tl.store(y + token * y_stride + h, total.to(y.dtype.element_ty), mask=h < H)
+    for k in tl.static_range(CHOICES):
+        active = tl.load(ids + token * CHOICES + k) >= 0
+        row_ptrs = rows + (token * CHOICES + k) * row_stride + h
+        total += tl.load(row_ptrs, mask=(h < HIDDEN) & active, other=0.0).to(tl.float32)
+    tl.store(y + token * y_stride + h, total.to(y.dtype.element_ty), mask=h < HIDDEN)

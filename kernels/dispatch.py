@@ -54,7 +54,7 @@ class Dispatch:
             sorted_pair=int32(blocks * block_m),
             expert_of_block=int32(blocks),
             num_blocks=int32(1),
-            count_CE=int32(triton.cdiv(num_pairs, PAIRS_PER_PROGRAM), num_experts),
+            count_CE=int32(_num_chunks(num_pairs), num_experts),
             block_m=block_m,
         )
 
@@ -102,7 +102,7 @@ def dispatch(ids_TK: Tensor, lists: Dispatch) -> None:
     chunks before its own: no atomics, so the order is the same in every run.
     """
     num_pairs, num_experts = ids_TK.numel(), lists.num_experts
-    grid = (max(1, triton.cdiv(num_pairs, PAIRS_PER_PROGRAM)),)
+    grid = (_num_chunks(num_pairs),)
     padded = max(32, triton.next_power_of_2(num_experts))
     ids = ids_TK.reshape(-1)
     count_kernel[grid](
@@ -114,3 +114,8 @@ def dispatch(ids_TK: Tensor, lists: Dispatch) -> None:
         E=num_experts, E2=padded, PAIRS=PAIRS_PER_PROGRAM, RANK_CHUNK=RANK_CHUNK,
         COUNT_ROWS=max(1, COUNTS_AT_ONCE // padded), BLOCK_M=lists.block_m,
     )  # fmt: skip
+
+
+def _num_chunks(num_pairs: int) -> int:
+    # No pairs are one empty chunk: somebody has to write that there are no blocks.
+    return max(1, -(-num_pairs // PAIRS_PER_PROGRAM))

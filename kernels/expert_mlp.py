@@ -153,12 +153,9 @@ def expert_mlp(
     """Do what ``expert_mlp_torch`` does, in two launches of grouped products.
 
     Both products are summed in float32 and rounded once, the first after its activation.
-
-    Args:
-        x_TH: see ``expert_mlp_torch``, like all arguments not named here.
-        dispatch: the same ids sorted in blocks of ``config.block_m``; None sorts them here.
-        config: tiles; None takes ``tile_config``.
-        hidden_PI: contiguous scratch between the products, of the type of ``x_TH``.
+    ``dispatch`` holds the same ids sorted in blocks of ``config.block_m``; None sorts them here.
+    Without a ``config`` the tiles are those of ``tile_config``. ``hidden_PI`` is contiguous
+    scratch between the products, of the type of ``x_TH``.
     """
     num_pairs, num_experts = ids_TK.numel(), row_of_E.numel()
     (_, columns, hidden), intermediate = weights.w13_SNH.shape, weights.w2_SHI.shape[2]
@@ -170,6 +167,7 @@ def expert_mlp(
         dispatch = Dispatch.empty(num_pairs, num_experts, config.block_m, x_TH.device)
         sort_pairs(ids_TK, dispatch)
     assert dispatch.block_m == config.block_m, "pairs were sorted for other tiles"
+    weight_P = weight_TK.reshape(-1)
     if hidden_PI is None:
         hidden_PI = x_TH.new_empty(num_pairs, intermediate)
     blocks = max_blocks(num_pairs, num_experts, config.block_m)
@@ -177,7 +175,7 @@ def expert_mlp(
         dispatch.sorted_pair, dispatch.expert_of_block, dispatch.num_blocks, row_of_E, num_pairs
     )  # fmt: skip
     options = {
-        "H": hidden, "I": intermediate,
+        "HIDDEN": hidden, "INTERMEDIATE": intermediate,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
@@ -186,8 +184,8 @@ def expert_mlp(
     }  # fmt: skip
     gate_up_kernel[(blocks * triton.cdiv(columns, config.block_n),)](
         x_TH, x_TH.stride(0), *_strided(weights.w13_SNH), *_strided(weights.b13_SN),
-        hidden_PI, weight_TK, *lists,
-        K=ids_TK.shape[1], WEIGH=weight_on_input,
+        hidden_PI, weight_P, *lists,
+        CHOICES=ids_TK.shape[1], WEIGH=weight_on_input,
         NAME=activation.name, GATED=activation.is_gated,
         INTERLEAVED=activation.name == "swigluoai",
         LIMIT=activation.limit, ALPHA=activation.alpha, BETA=activation.beta,
@@ -197,7 +195,7 @@ def expert_mlp(
     out_PH = out_TKH.view(num_pairs, hidden)
     down_kernel[(blocks * triton.cdiv(hidden, config.block_n),)](
         hidden_PI, *_strided(weights.w2_SHI), *_strided(weights.b2_SH),
-        out_PH, out_PH.stride(0), weight_TK, *lists, WEIGH=not weight_on_input,
+        out_PH, out_PH.stride(0), weight_P, *lists, WEIGH=not weight_on_input,
         **options,
     )  # fmt: skip
 
@@ -233,6 +231,6 @@ def combine(rows_TKH: Tensor, ids_TK: Tensor, y_TH: Tensor) -> None:
     rows_PH = rows_TKH.view(tokens * choices, hidden)
     block_h = min(COMBINE_BLOCK_H, triton.next_power_of_2(hidden))
     combine_kernel[(tokens, triton.cdiv(hidden, block_h))](
-        rows_PH, rows_PH.stride(0), ids_TK, y_TH, y_TH.stride(0),
-        H=hidden, K=choices, BLOCK_H=block_h,
+        rows_PH, rows_PH.stride(0), ids_TK.reshape(-1), y_TH, y_TH.stride(0),
+        HIDDEN=hidden, CHOICES=choices, BLOCK_H=block_h,
     )  # fmt: skip

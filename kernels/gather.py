@@ -63,12 +63,9 @@ def gather(
 ) -> None:
     """Do what ``gather_torch`` does, in one launch that the host never waits for.
 
-    ``source`` may be host memory that is mapped into the device's address space. Rows begin at
-    multiples of 8 bytes and are whole words; with 16 the loads are twice as wide.
-
-    Args:
-        source: see ``gather_torch``, like all other arguments.
-        programs: programs of the launch, whatever the length of the list.
+    ``source`` may be host memory that is mapped into the device's address space. Rows are whole
+    words of 8 bytes and begin at multiples of 16. ``programs`` is the size of the launch,
+    whatever the length of the list.
     """
     assert source.shape[1] == target.shape[1], "source and target differ in bytes a row"
     stop = source_row_N.numel() if limit is None else min(source_row_N.numel(), first + limit)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from vllm_moe_offload.kernels._resolve_triton import resolve_kernel, wave_map_kernel
-from vllm_moe_offload.kernels.dispatch import RANK_CHUNK, Dispatch
+from vllm_moe_offload.kernels.dispatch import RANK_CHUNK, Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 
 NOWHERE = -1
@@ -147,6 +147,8 @@ def resolve_torch(
     work.counters[Counter.LOADS] += num_loads
     work.counters[Counter.STREAMS] += missing.numel() - num_loads
     tables.clock.add_(1)
+    if dispatch is not None:
+        dispatch_torch(ids_TK, dispatch)
 
 
 def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
@@ -186,8 +188,6 @@ def resolve(
     assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, at most {MAX_EXPERTS}"
     assert num_slots <= MAX_SLOTS, f"{num_slots} slots, at most {MAX_SLOTS}"
     fused = dispatch if num_pairs <= FUSED_PAIRS else None
-    # At least as many ids and experts as a program has threads in four and in one warp: no
-    # thread then counts what another one counts.
     count_chunk = min(COUNT_CHUNK, max(128, triton.next_power_of_2(num_pairs)))
     rank_chunk = min(RANK_CHUNK, max(16, triton.next_power_of_2(num_pairs)))
     resolve_kernel[(1,)](

@@ -1,0 +1,214 @@
+"""``resolve`` and ``wave_map`` against their torch forms: equal to the last bit.
+
+Legend: T tokens, K choices a token, E experts, S slots.
+"""
+
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_moe_offload.kernels import resolve as module
+from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
+from vllm_moe_offload.kernels.resolve import (
+    NEVER,
+    NOWHERE,
+    ResidencyTables,
+    WorkList,
+    resolve,
+    resolve_torch,
+    wave_map,
+    wave_map_torch,
+)
+
+CLOCKS = (0, 5, 2**31 - 2, 2**31, 2**40)
+POISON = -77
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    num_experts: int
+    num_slots: int
+    clock: int
+    shape: tuple[int, int]
+    inactive: float
+    dtype: torch.dtype
+    evict: bool
+
+
+@st.composite
+def cases(draw, max_tokens: int = 6) -> Case:
+    num_experts = draw(st.integers(1, 40))
+    return Case(
+        seed=draw(st.integers(0, 2**20)),
+        num_experts=num_experts,
+        num_slots=draw(st.integers(0, num_experts) | st.sampled_from((0, 1, num_experts))),
+        clock=draw(st.sampled_from(CLOCKS)),
+        shape=(draw(st.integers(0, max_tokens)), draw(st.integers(1, 4))),
+        inactive=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        dtype=draw(st.sampled_from((torch.int32, torch.int64))),
+        evict=True,
+    )
+
+
+def routed(case: Case, device: torch.device) -> torch.Tensor:
+    """Draw ids with repetitions, some of them inactive in either of the ways a layer sees."""
+    ids_TK = torch.randint(case.num_experts, case.shape)
+    ids_TK[torch.rand(case.shape) < case.inactive] = NOWHERE
+    return ids_TK.to(device, case.dtype)
+
+
+def random_tables(case: Case, device: torch.device) -> ResidencyTables:
+    """Fill some slots with experts, at times close together, equal and long past."""
+    tables = ResidencyTables.empty(case.num_experts, case.num_slots, device)
+    count = case.num_slots if case.seed % 2 else int(torch.randint(case.num_slots + 1, ()))
+    slots = torch.randperm(case.num_slots)[:count].to(device)
+    experts = torch.randperm(case.num_experts)[:count].to(device)
+    tables.slot_of_E[experts] = slots.int()
+    tables.expert_of_S[slots] = experts.int()
+    ages = torch.randint(1, 5, (count,)).to(device) * (2**33 if case.clock > 2**36 else 1)
+    tables.stamp_S[slots] = (case.clock - ages).clamp(min=NEVER)
+    tables.clock.fill_(case.clock)
+    return tables
+
+
+def poisoned_work(num_experts: int, device: torch.device) -> WorkList:
+    work = WorkList.empty(num_experts, device)
+    for tensor in (work.load_expert_E, work.load_slot_E, work.stream_expert_E):
+        tensor.fill_(POISON)
+    return work
+
+
+def copy(item):
+    return replace(item, **{name: tensor.clone() for name, tensor in vars(item).items()})
+
+
+def assert_same(tables, work, expected_tables, expected_work) -> None:
+    for name, tensor in vars(tables).items():
+        torch.testing.assert_close(tensor, getattr(expected_tables, name), rtol=0, atol=0)
+    for name, tensor in vars(work).items():
+        torch.testing.assert_close(tensor, getattr(expected_work, name), rtol=0, atol=0)
+
+
+def assert_same_dispatch(lists: Dispatch, expected: Dispatch) -> None:
+    count = int(expected.num_blocks)
+    assert int(lists.num_blocks) == count
+    assert torch.equal(lists.expert_of_block[:count], expected.expert_of_block[:count])
+    pairs = count * expected.block_m
+    assert torch.equal(lists.sorted_pair[:pairs], expected.sorted_pair[:pairs])
+
+
+def run_both(case: Case, device: torch.device, *, steps: int) -> None:
+    """Run some steps in either form; entries past a list's length stay poisoned in both."""
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = copy(tables), copy(work)
+    for _ in range(steps):
+        ids_TK = routed(case, device)
+        resolve(ids_TK, tables, work, evict=case.evict)
+        resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict)
+        assert_same(tables, work, expected_tables, expected_work)
+
+
+@pytest.mark.parametrize("evict", [True, False])
+@given(case=cases())
+def test_resolve(case, evict, device):
+    run_both(replace(case, evict=evict), device, steps=3)
+
+
+@given(case=cases(max_tokens=90))
+def test_resolve_counts_in_chunks(case, device):
+    with mock.patch.object(module, "COUNT_CHUNK", 128):
+        run_both(case, device, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_slots", "evict"), [(1024, 1024, True), (1024, 700, True), (999, 3, False)]
+)
+def test_resolve_at_its_limits(num_experts, num_slots, evict, device):
+    case = Case(0, num_experts, num_slots, 2**31, (8192, 8), 0.1, torch.int32, evict)
+    run_both(case, device, steps=1)
+    run_both(replace(case, shape=(40, 8)), device, steps=2)
+
+
+def test_resolve_orders_stamps_of_all_ages(device):
+    # Ages that a 32-bit subtraction, or a key that clamps them, would confuse.
+    ages = [1, 2, 2**20, 2**30, 2**30 + 1, 2**31, 2**31 + 1, 2**32, 2**39]
+    case = Case(0, 40, len(ages), 2**40, (1, 4), 0.0, torch.int32, True)
+    tables = ResidencyTables.empty(case.num_experts, case.num_slots, device)
+    order = torch.randperm(len(ages), generator=torch.Generator().manual_seed(1))
+    tables.expert_of_S.copy_(torch.arange(len(ages)))
+    tables.slot_of_E[: len(ages)] = tables.expert_of_S
+    tables.stamp_S.copy_(2**40 - torch.tensor(ages)[order])
+    tables.clock.fill_(2**40)
+    expected_tables = copy(tables)
+    work, expected_work = (poisoned_work(case.num_experts, device) for _ in range(2))
+    for first in (20, 24, 28):
+        ids_TK = torch.arange(first, first + 4, device=device)[None]
+        resolve(ids_TK, tables, work, evict=True)
+        resolve_torch(ids_TK, expected_tables, expected_work, evict=True)
+        assert_same(tables, work, expected_tables, expected_work)
+
+
+def test_resolve_without_active_ids_only_moves_the_clock(device):
+    tables, work = ResidencyTables.empty(8, 4, device), WorkList.empty(8, device)
+    resolve(torch.full((3, 2), NOWHERE, device=device), tables, work, evict=True)
+    assert int(tables.clock) == 1
+    assert work.counters.tolist() == [0, 0, 0, 0]
+    assert bool((tables.stamp_S == NEVER).all())
+
+
+@given(case=cases(), block_m=st.sampled_from((1, 4, 16)))
+def test_resolve_also_sorts_pairs(case, block_m, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), WorkList.empty(case.num_experts, device)
+    ids_TK = routed(case, device)
+    lists, expected = (
+        Dispatch.empty(ids_TK.numel(), case.num_experts, block_m, device) for _ in range(2)
+    )
+    resolve(ids_TK, tables, work, evict=case.evict, dispatch=lists)
+    dispatch_torch(ids_TK, expected)
+    assert_same_dispatch(lists, expected)
+
+
+@pytest.mark.parametrize("fused_pairs", [0, 1024])
+def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
+    case = Case(3, 33, 7, 9, (100, 3), 0.2, torch.int64, True)
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), WorkList.empty(case.num_experts, device)
+    expected_tables, expected_work = copy(tables), copy(work)
+    ids_TK = routed(case, device)
+    lists, expected = (
+        Dispatch.empty(ids_TK.numel(), case.num_experts, 16, device) for _ in range(2)
+    )
+    with (
+        mock.patch.object(module, "FUSED_PAIRS", fused_pairs),
+        mock.patch.object(module, "RANK_CHUNK", 32),
+    ):
+        resolve(ids_TK, tables, work, evict=True, dispatch=lists)
+    resolve_torch(ids_TK, expected_tables, expected_work, evict=True, dispatch=expected)
+    assert_same_dispatch(lists, expected)
+    assert int(work.counters[0]) == int(expected_work.counters[0])
+
+
+@given(
+    num_experts=st.integers(1, 40),
+    streams=st.integers(0, 40),
+    first=st.integers(0, 40),
+    rows=st.integers(1, 40),
+)
+def test_wave_map(num_experts, streams, first, rows, device):
+    streams = min(streams, num_experts)
+    work = poisoned_work(num_experts, device)
+    experts = torch.randperm(num_experts)[:streams].sort().values
+    work.stream_expert_E[:streams] = experts.int().to(device)
+    work.num_streams.fill_(streams)
+    row_of_E = torch.full((num_experts,), POISON, dtype=torch.int32, device=device)
+    expected = row_of_E.clone()
+    wave_map(work, first, row_of_E, rows=rows)
+    wave_map_torch(work, first, expected, rows=rows)
+    assert torch.equal(row_of_E, expected)
