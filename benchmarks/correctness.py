@@ -9,6 +9,7 @@ the plugin. On a GPU the pool must be pinned, and readable by the GPU under its 
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -118,29 +119,28 @@ def passed(row: dict[str, Any]) -> bool:
     )
 
 
-def run_family(family: str, dtypes: list[str]) -> list[dict[str, Any]]:
-    """Make a checkpoint and compare it in every type."""
+def run_one(family: str, dtype: str) -> dict[str, Any]:
+    """Make a checkpoint and compare it in one type."""
     from vllm_moe_offload.checkpoints import make_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         path = make_checkpoint(Path(folder), family, hidden_size=256, num_experts=16, top_k=4)
-        return [{"family": family, **compare(path, dtype)} for dtype in dtypes]
+        return compare(path, dtype)
 
 
 def main() -> int:
-    """Run every family in a process of its own and write one result file."""
+    """Run every family and type in a process of its own and write one result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="revision, where the tree has no repository")
     parser.add_argument("--families", default="all")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--runners", default="2", help="vLLM model runners, such as 1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="families that run at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="comparisons that run at once")
     parser.add_argument("--one", metavar="FAMILY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        rows = run_family(args.one, args.dtypes.split(","))
-        args.out.write_text(json.dumps(rows))
+        args.out.write_text(json.dumps(run_one(args.one, args.dtypes)))
         return 0
 
     from machine import provenance
@@ -148,40 +148,37 @@ def main() -> int:
     from vllm_moe_offload.checkpoints import MOE_FAMILIES
 
     families = MOE_FAMILIES if args.families == "all" else args.families.split(",")
-    jobs = [(family, runner) for runner in args.runners.split(",") for family in families]
+    jobs = itertools.product(families, args.dtypes.split(","), args.runners.split(","))
     with ThreadPoolExecutor(args.jobs) as pool:
-        groups = pool.map(lambda job: _in_a_process(*job, args.dtypes), jobs)
-        rows = [row for group in groups for row in group]
+        rows = list(pool.map(lambda job: _in_a_process(*job), jobs))
     result = {**provenance(args.commit), "passed": all(row["passed"] for row in rows)}
     args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
     return 0 if result["passed"] else 1
 
 
-def _in_a_process(family: str, runner: str, dtypes: str) -> list[dict[str, Any]]:
+def _in_a_process(family: str, dtype: str, runner: str) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2")),
+        # Triton multiplies float32 as TF32 unless told, which moves stock vLLM's tokens.
+        "TRITON_F32_DEFAULT": "ieee",
+    }
+    if dtype == "float32":
+        environment["VLLM_MLA_DISABLE"] = "1"  # no latent attention for this type on CUDA
+    if shutil.which("nvidia-smi") is None:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # sampling would be compiled for a minute
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--one", family, "--dtypes", dtypes]
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2")),
-            # Triton multiplies float32 as TF32 unless told, which moves stock vLLM's tokens.
-            "TRITON_F32_DEFAULT": "ieee",
-        }
-        if shutil.which("nvidia-smi") is None:
-            environment["TORCHDYNAMO_DISABLE"] = "1"  # sampling would be compiled for a minute
-        code = subprocess.run(
-            [*command, "--out", file.name], env=environment, check=False
-        ).returncode
-        if code:
-            rows = [{"family": family, "passed": False, "exit": code}]
+        command = [sys.executable, __file__, "--one", family, "--dtypes", dtype, "--out", file.name]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        row = {"family": family, "model_runner": f"V{runner}", "dtype": dtype, "exit": code}
+        if code == 0:
+            row |= json.loads(Path(file.name).read_text())
+            row["passed"] = passed(row)
         else:
-            rows = [
-                {**row, "passed": passed(row)} for row in json.loads(Path(file.name).read_text())
-            ]
-    for row in rows:
-        row["model_runner"] = f"V{runner}"
-        print({k: v for k, v in row.items() if k != "engine"}, flush=True)
-    return rows
+            row["passed"] = False
+    print({name: value for name, value in row.items() if name != "engine"}, flush=True)
+    return row
 
 
 if __name__ == "__main__":

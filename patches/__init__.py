@@ -2,9 +2,9 @@
 
 Each seam changes one module of vLLM in its ``apply``, which runs once vLLM has imported that
 module; the seams themselves are imported no earlier, so that a process that never serves a model
-pays nothing. A changed function calls the original
-unless an offloaded model is at hand. Where a target has moved, the failure is kept and raised as
-soon as somebody asks for offloading; vLLM without the plugin's option goes on working.
+pays nothing. A changed function calls the original unless an offloaded model is at hand. Where a
+target has moved, the failure is kept and raised as soon as somebody asks for offloading; vLLM
+without the plugin's option goes on working.
 """
 
 import importlib
@@ -26,6 +26,7 @@ SEAMS = {
 
 _failures: list[PatchError] = []
 _installed = False
+_registered = False
 
 
 def install() -> None:
@@ -36,6 +37,17 @@ def install() -> None:
     _installed = True
     for seam, target in SEAMS.items():
         when_imported.call(target, partial(_apply, seam))
+
+
+def note_registration() -> None:
+    """Remember that vLLM has loaded the plugin in this process."""
+    global _registered  # noqa: PLW0603
+    _registered = True
+
+
+def registered() -> bool:
+    """Whether vLLM has loaded the plugin in this process."""
+    return _registered
 
 
 def require_all() -> None:

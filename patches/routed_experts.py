@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm_moe_offload.patches.tuned_tiles import tuned_tiles
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -35,7 +36,7 @@ def _get_quant_method(
         moe_config.require_decomposed_backend = True
     method = original(self, prefix, quant_config, moe_config)
     quantization = quant_config.get_name() if quant_config is not None else "none"
-    offload_layer.offload(method, engine, prefix, quantization)
+    offload_layer.offload(method, engine, prefix, quantization, tuned_tiles(moe_config))
     return method
 
 

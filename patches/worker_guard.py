@@ -12,9 +12,8 @@ import os
 
 from vllm_moe_offload import patches
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.plugin import registered
 
-if not registered():
+if not patches.registered():
     raise OffloadError(
         "VLLM_PLUGINS",
         os.environ.get("VLLM_PLUGINS"),

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_moe_offload import __version__
 
@@ -13,9 +14,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vllm-moe-offload", description="Tools around expert offloading for vLLM."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_subparsers(dest="command", required=True)
-    parser.parse_args(argv)
-    return 0
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def _add_demo(commands: Any) -> None:
+    summary = "Serve a model with a quarter of its experts on the device, and with stock vLLM."
+    parser = commands.add_parser("demo", help=summary, description=f"{summary} Compare the tokens.")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint folder or name on the hub; default: a small random one, made here",
+    )
+    parser.add_argument("--dtype", help="data type of weights and computation, as of vllm serve")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    # Each subcommand is imported when it is used, so that the others stay quick.
+    from vllm_moe_offload import demo
+
+    return demo.run(arguments.model, arguments.dtype)
 
 
 if __name__ == "__main__":

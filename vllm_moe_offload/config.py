@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_moe_offload.errors import OffloadError
 
@@ -61,6 +61,13 @@ class MoeOffloadConfig(BaseModel):
         description="Serve a model without experts untouched instead of refusing it.",
     )
 
+    @field_validator("gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s", mode="before")
+    @classmethod
+    def _no_flag(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a flag is no number")
+        return value
+
     @model_validator(mode="after")
     def _one_size_only(self) -> Self:
         if self.cache_fraction is not None and self.gpu_gb != "auto":
@@ -70,6 +77,18 @@ class MoeOffloadConfig(BaseModel):
                 f"gpu_gb = {self.gpu_gb} already sets the size of the slots",
                 "Give one of the two",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for first, last in [] if self.layers.strip() == "all" else self._ranges():
+            if first > last:
+                raise OffloadError(
+                    "layers",
+                    self.layers,
+                    f"the range {first}-{last} holds no layer",
+                    _REMEDIES["layers"],
+                )
         return self
 
     @classmethod
@@ -125,4 +144,5 @@ def _check_name(name: str, known: Mapping[str, Any]) -> None:
 def _problem(error: ValidationError, name: str) -> str:
     texts = [e["msg"] for e in error.errors() if e["loc"][0] == name]
     # Of a union's complaints only the first, about the number, tells the user something.
-    return texts[0][0].lower() + texts[0][1:]
+    text = texts[0].removeprefix("Value error, ")
+    return text[0].lower() + text[1:]

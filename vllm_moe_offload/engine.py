@@ -15,34 +15,14 @@ from torch import Tensor
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
-from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, combine_torch, expert_mlp_torch
-from vllm_moe_offload.kernels.gather import gather_torch
-from vllm_moe_offload.kernels.resolve import NOWHERE, wave_map_torch
-from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.kernels.operations import operations_for
+from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
+from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging
-
-SWEEP_PAIRS_PER_EXPERT = 16
-"""From this many routed pairs an expert on, a step is a sweep: it touches nearly all experts
-once, so what it brings in tells nothing about the steps after it and may evict nobody."""
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One MoE layer as the engine needs to know it.
-
-    ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
-    ``w13_bias`` [N], ``w2_bias`` [H].
-    """
-
-    name: str
-    num_experts: int
-    layout: ExpertLayout
-    activation: Activation
-    weight_on_input: bool = False
+from vllm_moe_offload.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -77,24 +57,6 @@ class EngineStats:
         return self.hits / self.active if self.active else 0.0
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer's parts once the budget is known."""
-
-    spec: LayerSpec
-    pool_rows_EB: Tensor
-    slot_rows_SB: Tensor
-    slot_weights: ExpertWeights
-    staging_rows_RB: tuple[Tensor, ...]
-    staging_weights: tuple[ExpertWeights, ...]
-    residency: Residency
-    row_of_E: Tensor
-
-    @property
-    def wave_rows(self) -> int:
-        return self.staging_rows_RB[0].shape[0]
-
-
 class OffloadEngine:
     """Runs the routed experts of one model out of the host pool.
 
@@ -109,7 +71,8 @@ class OffloadEngine:
         self.pool = HostPool()
         self.specs: list[LayerSpec] = []
         self.budget: Budget | None = None
-        self._layers: list[_Layer] = []
+        self._layers: list[OffloadedLayer] = []
+        self._sweep: Sweep | None = None
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -142,14 +105,15 @@ class OffloadEngine:
         if self.device.type == "cuda":
             self.pool.register()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
+        if self.device.type == "cuda" and self.staging.num_bytes > 0:
+            rows = [segment.rows_EB for segment in self.pool.segments]
+            self._sweep = Sweep(self._layers, rows, self.device)
 
     def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Compute the routed experts of a layer.
 
-        The residents, those just brought in among them, are computed first. Experts that got
-        no slot follow in waves through the staging blocks. Every (token, choice) pair writes a
-        row of its own, and one reduction in choice order ends the step, so that the result
-        does not depend on what was resident.
+        A step over many tokens sweeps all experts with the copy engine's help, unless a CUDA
+        graph is being captured, in which the host may not look at the tables.
 
         Args:
             layer: its number from ``add_layer``.
@@ -161,34 +125,17 @@ class OffloadEngine:
             [T, H] of the type of ``x_TH``.
         """
         part = self._layers[layer]
-        work, tables = part.residency.work, part.residency.tables
-        evict = ids_TK.numel() < SWEEP_PAIRS_PER_EXPERT * part.spec.num_experts
-        part.residency.resolve(ids_TK, evict=evict)
-        gather_torch(
-            part.pool_rows_EB, part.slot_rows_SB, work.load_expert_E, work.load_slot_E,
-            work.num_loads,
-        )  # fmt: skip
-        hidden = part.slot_weights.w2_SHI.shape[1]
-        rows_TKH = x_TH.new_empty((*ids_TK.shape, hidden))
-        self._mlp(part, x_TH, weight_TK, ids_TK, tables.slot_of_E, part.slot_weights, rows_TKH)
-        for wave, first in enumerate(self._waves(part, ids_TK.numel(), evict=evict)):
-            block = wave % Staging.NUM_BLOCKS
-            gather_torch(
-                part.pool_rows_EB, part.staging_rows_RB[block], work.stream_expert_E, None,
-                work.num_streams, first=first, limit=part.wave_rows,
-            )  # fmt: skip
-            wave_map_torch(work, first, part.row_of_E, rows=part.wave_rows)
-            self._mlp(
-                part, x_TH, weight_TK, ids_TK, part.row_of_E, part.staging_weights[block], rows_TKH
-            )
-        y_TH = x_TH.new_empty((x_TH.shape[0], hidden))
-        combine_torch(rows_TKH, ids_TK, y_TH)
-        return y_TH
+        if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
+            if part.is_sweep(ids_TK.numel()):
+                return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
+            self._sweep.settle()
+        return part.step(x_TH, weight_TK, ids_TK)
 
     def stats(self) -> EngineStats:
         """Return what happened since the start or the last reset; waits for the device."""
         counts = [layer.residency.counts() for layer in self._layers]
-        moved = [count["loads"] + count["streams"] for count in counts]
+        missed = [count["loads"] + count["streams"] for count in counts]
+        moved = [miss + count["surplus"] for miss, count in zip(missed, counts, strict=True)]
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
@@ -199,7 +146,7 @@ class OffloadEngine:
             staging_bytes=self.staging.num_bytes,
             active=sum(count["active"] for count in counts),
             hits=sum(count["hits"] for count in counts),
-            misses=sum(moved),
+            misses=sum(missed),
             streamed=sum(count["streams"] for count in counts),
             bytes_moved=sum(
                 count * spec.layout.row_bytes for count, spec in zip(moved, self.specs, strict=True)
@@ -217,7 +164,7 @@ class OffloadEngine:
 
     def slot_rows(self, layer: int) -> Tensor:
         """Return the slots of a layer, uint8 [S, B]."""
-        return self._layers[layer].slot_rows_SB
+        return self._layers[layer].slots.rows_RB
 
     def check_integrity(self) -> None:
         """Raise unless every owner is consistent and every slot holds its expert's bytes."""
@@ -227,7 +174,7 @@ class OffloadEngine:
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
             slots = (expert_of_S != NOWHERE).nonzero().flatten()
-            held = layer.slot_rows_SB[slots.to(self.device)].cpu()
+            held = layer.slots.rows_RB[slots.to(self.device)].cpu()
             assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
                 f"a slot of {segment.name} does not hold the expert that its table says"
             )
@@ -249,56 +196,20 @@ class OffloadEngine:
             device_is_host=on_host,
         )
 
-    def _ready(self, number: int) -> _Layer:
+    def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
-        blocks = tuple(
-            self.staging.rows(block, spec.layout, limit=spec.num_experts)
-            for block in range(Staging.NUM_BLOCKS)
-        )
-        return _Layer(
+        return OffloadedLayer(
             spec=spec,
             pool_rows_EB=segment.device_rows(self.device),
-            slot_rows_SB=slots,
-            slot_weights=_weights(spec.layout, slots),
-            staging_rows_RB=blocks,
-            staging_weights=tuple(_weights(spec.layout, block) for block in blocks),
+            slots=Block.of(spec.layout, slots),
+            staging=tuple(
+                Block.of(spec.layout, self.staging.rows(block, spec.layout, limit=spec.num_experts))
+                for block in range(Staging.NUM_BLOCKS)
+            ),
             residency=Residency(spec.num_experts, slots.shape[0], self.device),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
-        )
-
-    def _waves(self, part: _Layer, num_pairs: int, *, evict: bool) -> range:
-        """First positions in the list of streams of every wave that a step may need.
-
-        The bound follows from shapes alone, so that the launches are the same in every step of
-        a shape. On the host the list's own length is free to read and ends the loop earlier.
-        """
-        experts, slots = part.spec.num_experts, part.residency.num_slots
-        active = min(experts, num_pairs)
-        bound = max(0, active - slots) if evict else min(active, experts - slots)
-        if bound and self.device.type == "cpu":
-            bound = int(part.residency.work.num_streams)
-        return range(0, bound, max(1, part.wave_rows))
-
-    @staticmethod
-    def _mlp(
-        part: _Layer,
-        x_TH: Tensor,
-        weight_TK: Tensor,
-        ids_TK: Tensor,
-        row_of_E: Tensor,
-        weights: ExpertWeights,
-        rows_TKH: Tensor,
-    ) -> None:
-        expert_mlp_torch(
-            x_TH,
-            weight_TK,
-            ids_TK,
-            row_of_E,
-            weights,
-            part.spec.activation,
-            rows_TKH,
-            weight_on_input=part.spec.weight_on_input,
+            operations=operations_for(self.device),
         )
 
 
@@ -312,16 +223,6 @@ def describe(engine: OffloadEngine) -> str:
         f"{_size(budget.pool_bytes)} in the host pool, "
         f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
         f"{engine.device.type} memory, {_size(2 * budget.staging_block_bytes)} of staging"
-    )
-
-
-def _weights(layout: ExpertLayout, rows: Tensor) -> ExpertWeights:
-    views = layout.views(rows)
-    return ExpertWeights(
-        w13_SNH=views["w13_weight"],
-        w2_SHI=views["w2_weight"],
-        b13_SN=views.get("w13_bias"),
-        b2_SH=views.get("w2_bias"),
     )
 
 

@@ -5,7 +5,7 @@ it; a mixin in front of it puts the weights into the host pool and hands the rou
 engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,10 +16,12 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from vllm_moe_offload import fill
-from vllm_moe_offload.engine import LayerSpec, OffloadEngine
+from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
+from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.offloaded_layer import LayerSpec
 
 logger = init_logger("vllm.moe_offload")
 
@@ -41,7 +43,13 @@ def building_engine() -> OffloadEngine | None:
     return _building.get()
 
 
-def offload(method: Any, engine: OffloadEngine, prefix: str, quantization: str) -> None:
+def offload(
+    method: Any,
+    engine: OffloadEngine,
+    prefix: str,
+    quantization: str,
+    tiles: Callable[[int], TileConfig] | None = None,
+) -> None:
     """Turn a layer's quantisation method into an offload-aware one, in place.
 
     Args:
@@ -49,6 +57,7 @@ def offload(method: Any, engine: OffloadEngine, prefix: str, quantization: str) 
         engine: the engine that the layer joins.
         prefix: the layer's name in the model.
         quantization: what vLLM calls the format of the experts, for the message.
+        tiles: tuned tiles of the grouped product by number of tokens.
 
     Raises:
         OffloadError: the experts are quantised in a way that cannot be offloaded.
@@ -58,13 +67,14 @@ def offload(method: Any, engine: OffloadEngine, prefix: str, quantization: str) 
         raise OffloadError(
             "quantization",
             quantization,
-            f"the experts of {prefix} are quantised ({kind.__name__}), and only 16-bit and 32-bit experts can be "
-            "offloaded",
+            f"the experts of {prefix} are quantised ({kind.__name__}), and only 16-bit and 32-bit "
+            "experts can be offloaded",
             "Use an unquantised checkpoint, drop --quantization, or drop --plugin moe-offload",
         )
     method.__class__ = type(kind.__name__, (OffloadMixin, kind), {})
     method.offload_engine = engine
     method.offload_prefix = prefix
+    method.offload_tiles = tiles
 
 
 class OffloadMixin(FusedMoEMethodBase):
@@ -73,6 +83,7 @@ class OffloadMixin(FusedMoEMethodBase):
     offload_engine: OffloadEngine
     offload_prefix: str
     offload_layer: int
+    offload_tiles: Callable[[int], TileConfig] | None
 
     requires_device_loading = False
     """The weights are never moved to the device as a whole, not even for conversion."""
@@ -98,6 +109,7 @@ class OffloadMixin(FusedMoEMethodBase):
             ),
             activation=_activation(layer, self.offload_prefix),
             weight_on_input=layer.apply_router_weight_on_input,
+            tiles=self.offload_tiles,
         )
         self.offload_layer, segment = self.offload_engine.add_layer(spec)
         views = segment.views()

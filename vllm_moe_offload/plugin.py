@@ -1,23 +1,15 @@
 """Entry points that vLLM calls in each of its processes."""
 
-_registered = False
-
 
 def register() -> None:
     """Install the plugin's hooks. Idempotent, cheap, touches no GPU.
 
     Nothing changes for models that are served without ``--plugin moe-offload``.
     """
-    global _registered  # noqa: PLW0603
     from vllm_moe_offload import patches
 
     patches.install()
-    _registered = True
-
-
-def registered() -> bool:
-    """Whether vLLM has loaded the plugin in this process."""
-    return _registered
+    patches.note_registration()
 
 
 def claim_no_platform() -> None:

@@ -3,6 +3,7 @@
 Legend: E local experts of a layer, B bytes of a row.
 """
 
+import contextlib
 import mmap
 import weakref
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.memory import available_host_memory
 
 _REGISTER_MAPPED = 2
 """``cudaHostRegisterMapped``: the GPU may read the memory by its own address."""
@@ -62,10 +64,12 @@ class HostPool:
         return sum(segment.num_bytes for segment in self.segments)
 
     def add(self, name: str, layout: ExpertLayout, num_experts: int) -> PoolSegment:
-        """Reserve the rows of one layer. Memory is taken when it is first written."""
-        size = num_experts * layout.row_bytes
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        """Reserve the rows of one layer. Memory is taken when it is first written.
+
+        Raises:
+            OffloadError: the system refuses the address space.
+        """
+        memory = _reserve(name, num_experts * layout.row_bytes)
         rows_EB = torch.frombuffer(memory, dtype=torch.uint8).view(num_experts, layout.row_bytes)
         self.segments.append(PoolSegment(name, layout, rows_EB))
         return self.segments[-1]
@@ -104,6 +108,23 @@ class HostPool:
             assert start + size <= following, "two segments of the host pool overlap"
         for segment in self.segments:
             assert segment.rows_EB.shape[1] == segment.layout.row_bytes
+
+
+def _reserve(name: str, num_bytes: int) -> mmap.mmap:
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise OffloadError(
+            "host pool",
+            f"{num_bytes} bytes",
+            f"the system refused this memory to the experts of {name} ({error.strerror}), of the "
+            f"{available_host_memory().available} bytes that are available",
+            "Free or add host memory, or use a checkpoint with smaller experts",
+        ) from error
+    # A kernel without huge pages refuses the advice, and small pages work as well.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class _MappedRows:

@@ -1,14 +1,12 @@
 """Residency: which expert of a layer sits in which of its slots."""
 
 import torch
-from torch import Tensor
 
 from vllm_moe_offload.kernels.resolve import (
     NOWHERE,
     Counter,
     ResidencyTables,
     WorkList,
-    resolve_torch,
 )
 
 
@@ -34,10 +32,6 @@ class Residency:
     def num_slots(self) -> int:
         """Slots of the layer."""
         return self.tables.expert_of_S.numel()
-
-    def resolve(self, ids_TK: Tensor, *, evict: bool) -> None:
-        """Update tables and work list for the ids that were routed, see ``kernels.resolve``."""
-        resolve_torch(ids_TK, self.tables, self.work, evict=evict)
 
     def counts(self) -> dict[str, int]:
         """Experts counted since the start by what happened to them; waits for the device."""

@@ -1,0 +1,37 @@
+# Every target installs what it needs into .venv first.
+#   make demo MODEL=path    serve another checkpoint
+#   make PYTHON=python3.12  build .venv with another interpreter
+
+PYTHON ?= python3
+MODEL ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export PYTHON
+
+# The root holds a folder `kernels`, which would hide a package of that name that transformers
+# imports; with this Python does not look for packages here.
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## Create .venv with vLLM (CUDA if nvidia-smi answers, else CPU) and this package
+
+demo: $(INSTALLED) ## Serve a small model with and without offloading, and compare the answers
+	@$(BIN)/vllm-moe-offload demo $(if $(MODEL),'$(MODEL)')
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED) ## Check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml .ci/install .ci/cpu-overrides.txt
+	@.ci/install
+	@touch $@

@@ -1,0 +1,241 @@
+"""What do the MoE layers alone cost, and what bounds them? Without vLLM's runner around them.
+
+    python benchmarks/layers.py --out benchmarks/results/layers.json
+
+Layers of Qwen3-30B-A3B's shape out of the host pool, uniform routing. Decode steps are one CUDA
+graph over all layers; the prefill is the sweep. Beside each figure stand the PCIe rate of this
+run and the time of vLLM's own kernel with all experts on the GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
+DEVICE = torch.device("cuda")
+
+
+def seconds(run: Callable[[], Any], repeats: int = 10) -> float:
+    """Median time of a call on the GPU."""
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def build(num_layers: int, share: float) -> Any:
+    """An engine with dummy weights, all slots empty."""
+    from vllm_moe_offload.config import MoeOffloadConfig
+    from vllm_moe_offload.engine import OffloadEngine
+    from vllm_moe_offload.kernels.activation import Activation
+    from vllm_moe_offload.layout import ExpertLayout
+    from vllm_moe_offload.offloaded_layer import LayerSpec
+
+    layout = ExpertLayout.pack(
+        [
+            ("w13_weight", (2 * INTERMEDIATE, HIDDEN), torch.bfloat16),
+            ("w2_weight", (HIDDEN, INTERMEDIATE), torch.bfloat16),
+        ]
+    )
+    engine = OffloadEngine(MoeOffloadConfig.parse({"cache_fraction": share}), DEVICE)
+    for number in range(num_layers):
+        spec = LayerSpec(str(number), EXPERTS, layout, Activation("silu"), tiles=tiles)
+        engine.add_layer(spec)
+    engine.plan()
+    row = (torch.randn(layout.row_bytes // 2) * 0.02).to(torch.bfloat16).view(torch.uint8)
+    for segment in engine.pool.segments:
+        segment.rows_EB.copy_(row.expand_as(segment.rows_EB))
+    engine.finish_loading()
+    return engine
+
+
+def tiles(num_tokens: int) -> Any:
+    """Look up vLLM's tiles for the shape."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    from vllm_moe_offload.kernels.expert_mlp import TileConfig
+
+    shapes = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
+    return TileConfig.from_table(try_get_optimal_moe_config(*shapes, TOP_K, None, num_tokens))
+
+
+def uniform(num_layers: int, tokens: int) -> torch.Tensor:
+    """Ids [L, T, K], drawn without replacement."""
+    scores = torch.rand(num_layers, tokens, EXPERTS, device=DEVICE)
+    return scores.topk(TOP_K, dim=-1).indices.int()
+
+
+def graphed(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Capture a step."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def copy_rate() -> float:
+    """Bytes a second of pinned copies of 9 MiB pieces."""
+    piece = 9 << 20
+    host = torch.empty(64, piece, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(64, piece, dtype=torch.uint8, device=DEVICE)
+
+    def run() -> None:
+        for source, target in zip(host, device, strict=True):
+            target.copy_(source, non_blocking=True)
+
+    return host.numel() / seconds(run, 5)
+
+
+def gather_rates(engine: Any) -> dict[str, float]:
+    """GB/s of the gather kernel by number of rows and of programs."""
+    from vllm_moe_offload.kernels.gather import gather
+
+    segment = engine.pool.segments[0]
+    source = segment.device_rows(DEVICE)
+    target = torch.empty(96, source.shape[1], dtype=torch.uint8, device=DEVICE)
+    rates = {}
+    for rows in (1, 8, 96):
+        index = torch.randperm(EXPERTS, device=DEVICE)[:rows].int()
+        length = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
+        for programs in (16, 32, 64, 128):
+
+            def run(index=index, length=length, programs=programs) -> None:
+                gather(source, target, index, None, length, programs=programs)
+
+            run()
+            rates[f"{rows} rows, {programs} programs"] = (
+                rows * source.shape[1] / seconds(run, 7) / 1e9
+            )
+    return rates
+
+
+def stock_step(num_layers: int, tokens: int) -> float:
+    """Time of vLLM's kernel over layers whose experts are all on the GPU."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    options = {"dtype": torch.bfloat16, "device": DEVICE}
+    w1 = [torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, **options) for _ in range(num_layers)]
+    w2 = [torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, **options) for _ in range(num_layers)]
+    x = torch.randn(tokens, HIDDEN, **options)
+    weight = torch.full((tokens, TOP_K), 1 / TOP_K, device=DEVICE)
+    ids = uniform(num_layers, tokens)
+
+    def step() -> None:
+        for layer in range(num_layers):
+            fused_experts(x, w1[layer], w2[layer], weight, ids[layer])
+
+    step()
+    if tokens > 512:
+        return seconds(step)
+    graph = graphed(step)
+    return seconds(graph.replay, 20)
+
+
+def offloaded_step(engine: Any, tokens: int) -> dict[str, float]:
+    """Time and bytes of steps with fresh uniform routing."""
+    layers = len(engine.specs)
+    x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.full((tokens, TOP_K), 1 / TOP_K, device=DEVICE)
+    ids = uniform(layers, tokens)
+
+    def step() -> None:
+        for layer in range(layers):
+            engine.run(layer, x, weight, ids[layer])
+
+    step()
+    run = step if tokens > 512 else graphed(step).replay
+    times = []
+    for repeat in range(14):
+        ids.copy_(uniform(layers, tokens))
+        if repeat == 4:
+            torch.cuda.synchronize()
+            engine.reset_stats()
+        times.append(seconds(run, 1))
+    stats = engine.stats()
+    return {
+        "seconds": sum(times[4:]) / 10,
+        "bytes": stats.bytes_moved / 10,
+        "hit_ratio": stats.hit_ratio,
+    }
+
+
+def resolve_time(engine: Any, tokens: int) -> float:
+    """Seconds a layer of resolve and of a gather that has nothing to do."""
+    from vllm_moe_offload.kernels.dispatch import Dispatch
+    from vllm_moe_offload.kernels.gather import gather
+    from vllm_moe_offload.kernels.resolve import resolve
+
+    ids = uniform(1, tokens)[0]
+    part = engine._layers[0]
+    tables, work = part.residency.tables, part.residency.work
+    lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
+
+    def step() -> None:
+        for _ in range(50):
+            resolve(ids, tables, work, evict=True, dispatch=lists)
+            gather(part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E,
+                   work.load_slot_E, work.num_loads)  # fmt: skip
+
+    return seconds(graphed(step).replay, 5) / 50
+
+
+def main() -> int:
+    """Measure everything and write one file."""
+    from machine import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="revision, where the tree has no repository")
+    parser.add_argument("--layers", type=int, default=16)
+    args = parser.parse_args()
+
+    rate = copy_rate()
+    result: dict[str, Any] = {**provenance(args.commit), "copy_gb_s": rate / 1e9}
+    tokens = (1, 8, 32, 128, 8192)
+    result["stock_seconds"] = stock = {t: stock_step(args.layers, t) for t in tokens}
+    print(json.dumps(result), flush=True)
+    rows = []
+    for share in (1.0, 0.5, 0.25):
+        torch.cuda.empty_cache()
+        engine = build(args.layers, share)
+        if share == 1.0:
+            result["gather_gb_s"] = gather_rates(engine)
+            print(json.dumps(result["gather_gb_s"]), flush=True)
+        for count in tokens:
+            row = {"share": share, "tokens": count, **offloaded_step(engine, count)}
+            bound = row["bytes"] / rate
+            row["stock_seconds"], row["copy_bound_seconds"] = stock[count], bound
+            row["to_stock"] = row["seconds"] / stock[count]
+            row["of_sum_bound"] = (stock[count] + bound) / row["seconds"]
+            row["of_max_bound"] = max(stock[count], bound) / row["seconds"]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        if share == 1.0:
+            result["resolve_gather_us"] = {t: resolve_time(engine, t) * 1e6 for t in (1, 8, 32)}
+            print(json.dumps(result["resolve_gather_us"]), flush=True)
+        engine.check_integrity()
+        engine.close()
+        del engine
+    args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

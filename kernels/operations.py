@@ -1,0 +1,54 @@
+"""Which form of the operations runs where: Triton on a GPU, plain torch elsewhere."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_moe_offload.kernels import expert_mlp, gather, resolve
+from vllm_moe_offload.kernels.dispatch import Dispatch
+from vllm_moe_offload.kernels.expert_mlp import TileConfig
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations of one layer's step, with the contracts of their torch forms."""
+
+    resolve: Callable[..., None]
+    wave_map: Callable[..., None]
+    gather: Callable[..., None]
+    expert_mlp: Callable[..., None]
+    combine: Callable[..., None]
+    sorts_pairs: bool
+    """Whether the products want their pairs sorted by expert, which resolve then does."""
+
+    def sorted_for(self, tiles: TileConfig | None, lists: Dispatch | None) -> dict[str, Any]:
+        """Arguments that hand a step's sorted pairs to ``expert_mlp``."""
+        return {"dispatch": lists, "config": tiles} if self.sorts_pairs else {}
+
+
+TORCH = Operations(
+    resolve=resolve.resolve_torch,
+    wave_map=resolve.wave_map_torch,
+    gather=gather.gather_torch,
+    expert_mlp=expert_mlp.expert_mlp_torch,
+    combine=expert_mlp.combine_torch,
+    sorts_pairs=False,
+)
+
+TRITON = Operations(
+    resolve=resolve.resolve,
+    wave_map=resolve.wave_map,
+    gather=gather.gather,
+    expert_mlp=expert_mlp.expert_mlp,
+    combine=expert_mlp.combine,
+    sorts_pairs=True,
+)
+
+
+def operations_for(device: torch.device) -> Operations:
+    """Triton on a GPU and in Triton's interpreter (``TRITON_INTERPRET=1``), else torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return TRITON if device.type == "cuda" or interpreted else TORCH

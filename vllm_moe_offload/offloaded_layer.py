@@ -1,0 +1,167 @@
+"""One MoE layer whose experts are in the pool: its parts, and one step through them.
+
+Legend: T tokens, K choices a token, E local experts, S slots, R staging rows, H hidden size,
+I intermediate size, B bytes of a row, P pairs (T K).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.kernels.dispatch import Dispatch
+from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig, tile_config
+from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.residency import Residency
+
+SWEEP_PAIRS_PER_EXPERT = 16
+"""From this many routed pairs an expert on, a step is a sweep: it touches nearly all experts
+once, so what it brings in tells nothing about the steps after it and may evict nobody."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One MoE layer as the engine needs to know it.
+
+    ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
+    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens.
+    """
+
+    name: str
+    num_experts: int
+    layout: ExpertLayout
+    activation: Activation
+    weight_on_input: bool = False
+    tiles: Callable[[int], TileConfig] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that hold experts, and the weights in them."""
+
+    rows_RB: Tensor
+    weights: ExpertWeights
+
+    @classmethod
+    def of(cls, layout: ExpertLayout, rows_RB: Tensor) -> "Block":
+        """View rows as weights."""
+        views = layout.views(rows_RB)
+        return cls(
+            rows_RB,
+            ExpertWeights(
+                w13_SNH=views["w13_weight"],
+                w2_SHI=views["w2_weight"],
+                b13_SN=views.get("w13_bias"),
+                b2_SH=views.get("w2_bias"),
+            ),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Experts that fit."""
+        return self.rows_RB.shape[0]
+
+
+@dataclass(frozen=True)
+class OffloadedLayer:
+    """A layer's share of every owner; ``staging`` is shared with the other layers."""
+
+    spec: LayerSpec
+    pool_rows_EB: Tensor
+    """As the compute device addresses them."""
+    slots: Block
+    staging: tuple[Block, ...]
+    residency: Residency
+    row_of_E: Tensor
+    """Scratch for the map of a wave, int32."""
+    operations: Operations
+
+    def is_sweep(self, num_pairs: int) -> bool:
+        """Whether so many routed pairs are sure to need nearly all experts."""
+        return num_pairs >= SWEEP_PAIRS_PER_EXPERT * self.spec.num_experts
+
+    def step(self, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Resolve, load what is missing, compute, in launches that follow from shapes alone.
+
+        The residents, those just brought in among them, are computed first. Experts that got
+        no slot follow in waves through the staging blocks.
+
+        Returns:
+            [T, H] of the type of ``x_TH``.
+        """
+        products = Products(self, x_TH, weight_TK, ids_TK)
+        tables, work, do = self.residency.tables, self.residency.work, self.operations
+        evict = not self.is_sweep(ids_TK.numel())
+        do.resolve(ids_TK, tables, work, evict=evict, dispatch=products.lists)
+        do.gather(
+            self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
+            work.num_loads,
+        )  # fmt: skip
+        products.compute(tables.slot_of_E, self.slots.weights)
+        rows = self.staging[0].num_rows
+        for wave, first in enumerate(self._waves(ids_TK.numel(), evict=evict)):
+            block = self.staging[wave % len(self.staging)]
+            do.gather(
+                self.pool_rows_EB, block.rows_RB, work.stream_expert_E, None, work.num_streams,
+                first=first, limit=rows,
+            )  # fmt: skip
+            do.wave_map(work, first, self.row_of_E, rows=rows)
+            products.compute(self.row_of_E, block.weights)
+        return products.total()
+
+    def _waves(self, num_pairs: int, *, evict: bool) -> range:
+        """First positions in the list of streams of every wave that a step may need.
+
+        The bound follows from shapes alone, so that the launches are the same in every step of
+        a shape. On the host the list's own length is free to read and ends the loop earlier.
+        """
+        experts, slots = self.spec.num_experts, self.residency.num_slots
+        active = min(experts, num_pairs)
+        bound = max(0, active - slots) if evict else min(active, experts - slots)
+        if bound and self.row_of_E.device.type == "cpu":
+            bound = int(self.residency.work.num_streams)
+        return range(0, bound, max(1, self.staging[0].num_rows))
+
+
+class Products:
+    """The experts' results for one layer's tokens, and their sum.
+
+    Every (token, choice) pair writes a row of its own, and one reduction in choice order ends
+    the step, so that the result does not depend on when and from where a pair was computed.
+    """
+
+    def __init__(
+        self, layer: OffloadedLayer, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor
+    ) -> None:
+        self._layer = layer
+        self._inputs = (x_TH, weight_TK, ids_TK)
+        _, columns, hidden = layer.slots.weights.w13_SNH.shape
+        out = layer.slots.weights.w2_SHI.shape[1]
+        self._rows_TKH = x_TH.new_empty((*ids_TK.shape, out))
+        self._tiles: TileConfig | None = None
+        self.lists: Dispatch | None = None
+        if layer.operations.sorts_pairs:
+            tokens, experts = x_TH.shape[0], layer.spec.num_experts
+            self._tiles = (
+                layer.spec.tiles(tokens)
+                if layer.spec.tiles
+                else tile_config(experts, columns, hidden, ids_TK.numel(), x_TH.dtype)
+            )
+            self.lists = Dispatch.empty(ids_TK.numel(), experts, self._tiles.block_m, x_TH.device)
+
+    def compute(self, row_of_E: Tensor, weights: ExpertWeights) -> None:
+        """Compute the pairs whose expert has a row in ``weights``, see ``kernels.expert_mlp``."""
+        spec, do = self._layer.spec, self._layer.operations
+        do.expert_mlp(
+            *self._inputs, row_of_E, weights, spec.activation, self._rows_TKH,
+            weight_on_input=spec.weight_on_input, **do.sorted_for(self._tiles, self.lists),
+        )  # fmt: skip
+
+    def total(self) -> Tensor:
+        """Sum each token's rows, [T, H]."""
+        x_TH, _, ids_TK = self._inputs
+        y_TH = x_TH.new_empty((x_TH.shape[0], self._rows_TKH.shape[2]))
+        self._layer.operations.combine(self._rows_TKH, ids_TK, y_TH)
+        return y_TH

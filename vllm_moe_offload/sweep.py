@@ -1,0 +1,197 @@
+"""Sweep: a step over so many tokens that every expert without a slot is streamed, in order.
+
+What streams follows from residency alone, not from routing, and a sweep leaves residency as it
+is. So one look at the tables at the first layer gives the whole step's list of copies. The copy
+engine works through it beside the computation, two staging blocks ahead of it and across layers:
+the first experts of the next layer are on their way before its router has run.
+
+Legend: L layers, E local experts of a layer, W waves of a step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.kernels import dispatch
+from vllm_moe_offload.kernels.resolve import NOWHERE, Counter
+from vllm_moe_offload.offloaded_layer import OffloadedLayer, Products
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Experts of one layer that pass through a staging block together, ascending."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Runs of neighbouring experts as (first expert, first row, length)."""
+        start = 0
+        for row in range(1, len(self.experts) + 1):
+            if row == len(self.experts) or self.experts[row] != self.experts[row - 1] + 1:
+                yield self.experts[start], start, row - start
+                start = row
+
+
+def plan_waves(
+    slot_of_LE: Sequence[Sequence[int]], block_rows: Sequence[int], first_layer: int
+) -> list[Wave]:
+    """Cut every layer's experts without a slot into waves.
+
+    Args:
+        slot_of_LE: slot of each expert by layer, -1 for none.
+        block_rows: rows of a staging block by layer.
+        first_layer: layers before this one are left out.
+    """
+    waves: list[Wave] = []
+    for layer in range(first_layer, len(slot_of_LE)):
+        absent = [e for e, slot in enumerate(slot_of_LE[layer]) if slot == NOWHERE]
+        rows = block_rows[layer]
+        waves += [
+            Wave(layer, tuple(absent[start : start + rows]))
+            for start in range(0, len(absent), rows)
+        ]
+    return waves
+
+
+class Sweep:
+    """Runs the layers of one step after the other while the copy engine stays ahead.
+
+    Args:
+        layers: all layers of the model, in order of execution.
+        pool_rows: the pool rows of each layer in host memory, pinned.
+        device: the GPU.
+    """
+
+    def __init__(
+        self, layers: Sequence[OffloadedLayer], pool_rows: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self._layers = layers
+        self._pool_rows = pool_rows
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+        blocks = len(layers[0].staging)
+        self._ready = [torch.cuda.Event() for _ in range(blocks)]
+        self._freed = [torch.cuda.Event() for _ in range(blocks)]
+        self._waves: list[Wave] = []
+        self._row_of_WE = torch.empty(0)
+        self._done = 0
+        self._next_layer = len(layers)
+
+    def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Compute a layer; the first of a step, or one out of turn, starts a new sweep.
+
+        Returns:
+            [T, H] of the type of ``x_TH``.
+        """
+        if layer != self._next_layer:
+            self._start(layer)
+        part = self._layers[layer]
+        products = Products(part, x_TH, weight_TK, ids_TK)
+        assert products.lists is not None
+        dispatch.dispatch(ids_TK, products.lists)
+        products.compute(part.residency.tables.slot_of_E, part.slots.weights)
+        moved = 0
+        while self._done < len(self._waves) and self._waves[self._done].layer == layer:
+            moved += len(self._waves[self._done].experts)
+            self._compute_wave(part, products)
+        self._count(part, ids_TK, moved)
+        self._next_layer = layer + 1
+        return products.total()
+
+    def settle(self) -> None:
+        """Let the current stream wait for copies of a sweep that was left half-way."""
+        if self._done < len(self._waves):
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        self._waves, self._done, self._next_layer = [], 0, len(self._layers)
+
+    def _start(self, layer: int) -> None:
+        self.settle()
+        # The one wait for the device in a step of many milliseconds.
+        slot_of_LE = _read([part.residency.tables.slot_of_E for part in self._layers])
+        for number in range(layer, len(self._layers)):
+            self._fill_empty_slots(number, slot_of_LE[number])
+        rows = [part.staging[0].num_rows for part in self._layers]
+        self._waves = plan_waves(slot_of_LE, rows, layer)
+        self._row_of_WE = self._maps().to(self._device, non_blocking=True)
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        for wave in range(min(len(self._freed), len(self._waves))):
+            self._issue(wave)
+
+    def _fill_empty_slots(self, number: int, slot_of_E: list[int]) -> None:
+        """Give slots that hold nothing to the first experts that have none."""
+        part = self._layers[number]
+        used = set(slot_of_E)
+        empty = [slot for slot in range(part.residency.num_slots) if slot not in used]
+        absent = [e for e, slot in enumerate(slot_of_E) if slot == NOWHERE]
+        pairs = list(zip(absent, empty, strict=False))
+        if not pairs:
+            return
+        for expert, slot in pairs:
+            slot_of_E[expert] = slot
+            part.slots.rows_RB[slot].copy_(self._pool_rows[number][expert], non_blocking=True)
+        experts, slots = torch.tensor(pairs, dtype=torch.int32).to(self._device).unbind(1)
+        tables = part.residency.tables
+        tables.slot_of_E[experts.long()] = slots
+        tables.expert_of_S[slots.long()] = experts
+        part.residency.work.counters[Counter.SURPLUS] += len(pairs)
+
+    def _maps(self) -> Tensor:
+        """Staging row of each expert in each wave, int32 [W, E] in pinned memory."""
+        experts = max(part.spec.num_experts for part in self._layers)
+        maps = torch.full((len(self._waves), experts), NOWHERE, dtype=torch.int32)
+        for number, wave in enumerate(self._waves):
+            maps[number, list(wave.experts)] = torch.arange(len(wave.experts), dtype=torch.int32)
+        return maps.pin_memory()
+
+    def _issue(self, number: int) -> None:
+        """Queue the copies of a wave behind the last use of its block."""
+        wave, block = self._waves[number], number % len(self._freed)
+        target = self._layers[wave.layer].staging[block].rows_RB
+        source = self._pool_rows[wave.layer]
+        with torch.cuda.stream(self._copies):
+            if number >= len(self._freed):
+                self._copies.wait_event(self._freed[block])
+            for expert, row, length in wave.runs():
+                target[row : row + length].copy_(
+                    source[expert : expert + length], non_blocking=True
+                )
+            self._ready[block].record(self._copies)
+
+    def _compute_wave(self, part: OffloadedLayer, products: Products) -> None:
+        number = self._done
+        block = number % len(self._freed)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._ready[block])
+        row_of_E = self._row_of_WE[number, : part.spec.num_experts]
+        products.compute(row_of_E, part.staging[block].weights)
+        self._freed[block].record(stream)
+        self._done += 1
+        if number + len(self._freed) < len(self._waves):
+            self._issue(number + len(self._freed))
+
+    @staticmethod
+    def _count(part: OffloadedLayer, ids_TK: Tensor, moved: int) -> None:
+        tables, counters = part.residency.tables, part.residency.work.counters
+        # One place more than there are experts takes the inactive ids.
+        active = torch.zeros(tables.slot_of_E.numel() + 1, dtype=torch.bool, device=ids_TK.device)
+        active[(ids_TK.reshape(-1) + 1).long()] = True
+        active_E = active[1:]
+        num_active, num_hits = active_E.sum(), (active_E & (tables.slot_of_E >= 0)).sum()
+        streams = num_active - num_hits
+        counters[Counter.ACTIVE] += num_active
+        counters[Counter.HITS] += num_hits
+        counters[Counter.STREAMS] += streams
+        counters[Counter.SURPLUS] += moved - streams
+
+
+def _read(tables: Sequence[Tensor]) -> list[list[int]]:
+    """Bring tables to the host in one transfer."""
+    flat = torch.cat(list(tables)).tolist()
+    ends = [0]
+    for table in tables:
+        ends.append(ends[-1] + table.numel())
+    return [flat[start:end] for start, end in pairwise(ends)]
