@@ -9,18 +9,28 @@ the plugin. On a GPU the pool must be pinned, and readable by the GPU under its 
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
+
+
+class Case(NamedTuple):
+    """One comparison: ``mode`` is eager or graphs (compiled, full and piecewise CUDA graphs)."""
+
+    family: str
+    mode: str
+    dtype: str
+    runner: str
+
 
 SHARES = (0.0, 0.25, 1.0)
 MAX_TOKENS = 16
@@ -34,7 +44,6 @@ def generate(path: Path, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
 
     llm = LLM(
         str(path),
-        enforce_eager=True,
         max_model_len=256,
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=256 << 20,
@@ -63,7 +72,7 @@ def _facts(worker: Any) -> dict[str, Any]:
     (engine,) = worker.moe_offload_engines
     engine.check_integrity()
     stats = engine.stats()
-    facts = {"runner": type(worker.model_runner).__module__, **stats.as_dict()}
+    facts = {"model_runner": type(worker.model_runner).__module__, **stats.as_dict()}
     if engine.device.type == "cuda":
         mapped = [segment.device_rows(engine.device) for segment in engine.pool.segments]
         facts["pool_pinned"] = all(segment.rows_EB.is_pinned() for segment in engine.pool.segments)
@@ -74,21 +83,23 @@ def _facts(worker: Any) -> dict[str, Any]:
     return facts
 
 
-def compare(path: Path, dtype: str) -> dict[str, Any]:
+def compare(path: Path, case: Case) -> dict[str, Any]:
     """All residencies of one checkpoint and type."""
+    settings: dict[str, Any] = {"dtype": case.dtype, "enforce_eager": case.mode == "eager"}
+    if case.mode == "graphs":
+        settings["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4]}
     runs = {
         share: generate(
-            path, dtype=dtype, plugin="moe-offload", moe_offload={"cache_fraction": share}
+            path, plugin="moe-offload", moe_offload={"cache_fraction": share}, **settings
         )
         for share in SHARES
     }
     answers = [run[0] for run in runs.values()]
     row: dict[str, Any] = {
-        "dtype": dtype,
         "bit_identical": all(answer == answers[0] for answer in answers),
         "engine": {str(share): facts for share, (_, facts) in runs.items()},
     }
-    stock, _ = generate(path, dtype=dtype)
+    stock, _ = generate(path, **settings)
     row["tokens_equal_stock"] = _tokens(stock) == _tokens(answers[0])
     row["max_logprob_difference_to_stock"] = _first_difference(stock, answers[0])
     return row
@@ -119,64 +130,73 @@ def passed(row: dict[str, Any]) -> bool:
     )
 
 
-def run_one(family: str, dtype: str) -> dict[str, Any]:
-    """Make a checkpoint and compare it in one type."""
+def run_one(case: Case) -> dict[str, Any]:
+    """Make a checkpoint and compare it."""
     from vllm_moe_offload.checkpoints import make_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        path = make_checkpoint(Path(folder), family, hidden_size=256, num_experts=16, top_k=4)
-        return compare(path, dtype)
+        path = make_checkpoint(Path(folder), case.family, hidden_size=256, num_experts=16, top_k=4)
+        return compare(path, case)
+
+
+def cases(families: Sequence[str]) -> list[Case]:
+    """Everything that is compared, the slowest first."""
+    from vllm_moe_offload.checkpoints import MOE_FAMILIES
+
+    graphs = [Case(family, "graphs", "bfloat16", "V2") for family in ("deepseek_v2", "qwen3_moe")]
+    eager = [
+        Case(family, "eager", dtype, "V2")
+        for family in sorted(MOE_FAMILIES, key=lambda family: family != "deepseek_v2")
+        for dtype in ("bfloat16", "float32")
+    ]
+    older = [Case(family, "eager", "float32", "V1") for family in ("gpt_oss", "qwen3_moe")]
+    return [case for case in graphs + eager + older if case.family in (families or MOE_FAMILIES)]
 
 
 def main() -> int:
-    """Run every family and type in a process of its own and write one result file."""
+    """Run every case in a process of its own; the result file grows with each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="revision, where the tree has no repository")
-    parser.add_argument("--families", default="all")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--runners", default="2", help="vLLM model runners, such as 1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="comparisons that run at once")
-    parser.add_argument("--one", metavar="FAMILY", help=argparse.SUPPRESS)
+    parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
+    parser.add_argument("--jobs", type=int, default=1, help="cases that run at once")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        args.out.write_text(json.dumps(run_one(args.one, args.dtypes)))
+        args.out.write_text(json.dumps(run_one(Case(*args.one.split(",")))))
         return 0
 
     from machine import provenance
 
-    from vllm_moe_offload.checkpoints import MOE_FAMILIES
-
-    families = MOE_FAMILIES if args.families == "all" else args.families.split(",")
-    jobs = itertools.product(families, args.dtypes.split(","), args.runners.split(","))
+    origin, planned, rows = provenance(args.commit), cases(args.families), []
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda job: _in_a_process(*job), jobs))
-    result = {**provenance(args.commit), "passed": all(row["passed"] for row in rows)}
-    args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
-    return 0 if result["passed"] else 1
+        for row in pool.map(_in_a_process, planned):
+            rows.append(row)
+            all_passed = len(rows) == len(planned) and all(row["passed"] for row in rows)
+            result = {**origin, "passed": all_passed, "rows": rows}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all_passed else 1
 
 
-def _in_a_process(family: str, dtype: str, runner: str) -> dict[str, Any]:
+def _in_a_process(case: Case) -> dict[str, Any]:
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "2")),
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(case.runner == "V2")),
         # Triton multiplies float32 as TF32 unless told, which moves stock vLLM's tokens.
         "TRITON_F32_DEFAULT": "ieee",
     }
-    if dtype == "float32":
+    if case.dtype == "float32":
         environment["VLLM_MLA_DISABLE"] = "1"  # no latent attention for this type on CUDA
-    if shutil.which("nvidia-smi") is None:
+    if case.mode == "eager" and shutil.which("nvidia-smi") is None:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # sampling would be compiled for a minute
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--one", family, "--dtypes", dtype, "--out", file.name]
+        command = [sys.executable, __file__, "--one", ",".join(case), "--out", file.name]
         code = subprocess.run(command, env=environment, check=False).returncode
-        row = {"family": family, "model_runner": f"V{runner}", "dtype": dtype, "exit": code}
+        row = {**case._asdict(), "exit": code, "passed": False}
         if code == 0:
             row |= json.loads(Path(file.name).read_text())
             row["passed"] = passed(row)
-        else:
-            row["passed"] = False
     print({name: value for name, value in row.items() if name != "engine"}, flush=True)
     return row
 

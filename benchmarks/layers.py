@@ -148,8 +148,18 @@ def stock_step(num_layers: int, tokens: int) -> float:
     return seconds(graph.replay, 20)
 
 
-def offloaded_step(engine: Any, tokens: int) -> dict[str, float]:
-    """Time and bytes of steps with fresh uniform routing."""
+def among_residents(engine: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Map uniform ids [L, T, K] to the experts that have a slot, still without replacement."""
+    layers = ids.shape[0]
+    held = torch.stack(
+        [engine.residency(layer).tables.expert_of_S.sort().values for layer in range(layers)]
+    ).long()
+    choice = torch.rand(*ids.shape[:2], held.shape[1], device=DEVICE).topk(TOP_K).indices
+    return held[torch.arange(layers, device=DEVICE)[:, None, None], choice].int()
+
+
+def offloaded_step(engine: Any, tokens: int, *, confined: bool = False) -> dict[str, float]:
+    """Time and bytes of steps with fresh uniform routing, over all experts or the residents."""
     layers = len(engine.specs)
     x = torch.randn(tokens, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
     weight = torch.full((tokens, TOP_K), 1 / TOP_K, device=DEVICE)
@@ -163,7 +173,8 @@ def offloaded_step(engine: Any, tokens: int) -> dict[str, float]:
     run = step if tokens > 512 else graphed(step).replay
     times = []
     for repeat in range(14):
-        ids.copy_(uniform(layers, tokens))
+        fresh = uniform(layers, tokens)
+        ids.copy_(among_residents(engine, fresh) if confined else fresh)
         if repeat == 4:
             torch.cuda.synchronize()
             engine.reset_stats()
@@ -208,7 +219,7 @@ def main() -> int:
 
     rate = copy_rate()
     result: dict[str, Any] = {**provenance(args.commit), "copy_gb_s": rate / 1e9}
-    tokens = (1, 8, 32, 128, 8192)
+    tokens = (8192, 1, 8, 32, 128)  # the prefill first: it fills the slots
     result["stock_seconds"] = stock = {t: stock_step(args.layers, t) for t in tokens}
     print(json.dumps(result), flush=True)
     rows = []
@@ -218,8 +229,12 @@ def main() -> int:
         if share == 1.0:
             result["gather_gb_s"] = gather_rates(engine)
             print(json.dumps(result["gather_gb_s"]), flush=True)
-        for count in tokens:
-            row = {"share": share, "tokens": count, **offloaded_step(engine, count)}
+        cases = [(count, False) for count in tokens]
+        if share == 0.5:
+            cases += [(1, True), (8, True)]
+        for count, confined in cases:
+            row = {"share": share, "tokens": count, "confined_to_residents": confined}
+            row |= offloaded_step(engine, count, confined=confined)
             bound = row["bytes"] / rate
             row["stock_seconds"], row["copy_bound_seconds"] = stock[count], bound
             row["to_stock"] = row["seconds"] / stock[count]

@@ -8,6 +8,7 @@ without the plugin's option goes on working.
 """
 
 import importlib
+import importlib.util
 from functools import partial
 from types import ModuleType
 
@@ -51,13 +52,19 @@ def registered() -> bool:
 
 
 def require_all() -> None:
-    """Raise the first failure of a patch.
+    """Raise the first failure of a patch, or one for a module that is not there any more.
 
     Raises:
         PatchError: this vLLM differs from what a patch expects.
     """
     if _failures:
         raise _failures[0]
+    for target in SEAMS.values():
+        if importlib.util.find_spec(target) is None:
+            raise PatchError(
+                f"moe-offload: this version of vLLM has no module {target}. "
+                "Install a tested version of vLLM, or drop --plugin moe-offload."
+            )
 
 
 def _apply(seam: str, module: ModuleType) -> None:

@@ -116,10 +116,19 @@ def _conflicts(vllm_config: Any) -> list[tuple[str, object, bool, str]]:
     ]
 
 
+_AROUND_EXPERTS = {
+    "model", "layers", "mlp", "moe", "feed_forward", "block_sparse_moe", "mixer", "experts",
+    "routed_experts",
+}  # fmt: skip
+"""Parts of the names under which models keep their routed experts."""
+
+
 def _names_experts(segments: set[str]) -> bool:
     """Whether vLLM's own offloading may select expert weights; no selection means all."""
     words = {word for segment in segments for word in segment.split(".")}
-    return not segments or any("expert" in w or w.startswith(("w13_", "w2_")) for w in words)
+    return not segments or any(
+        word in _AROUND_EXPERTS or word.startswith(("w13_", "w2_")) for word in words
+    )
 
 
 def check_checkpoint(vllm_config: Any) -> None:

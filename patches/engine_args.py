@@ -9,7 +9,9 @@ Can go: when plugins can register options of their own.
 """
 
 import argparse
+import difflib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -76,6 +78,7 @@ def _check_mapping(options: Any) -> None:
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
     _merge_additional_config(parser)
+    _refuse_unknown(parser, sys.argv[1:])
     group = parser.add_argument_group(
         title="moe-offload",
         description="Expert offloading: serve MoE models whose experts exceed GPU memory.",
@@ -100,6 +103,18 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
             help=f"{field.description} Default: {field.default}.",
         )
     return parser
+
+
+def _refuse_unknown(parser: Any, arguments: Sequence[str]) -> None:
+    """Refuse a misspelt option with the nearest one; argparse would only call it unrecognised."""
+    known = [f"--moe-offload-{name.replace('_', '-')}" for name in MoeOffloadConfig.model_fields]
+    for argument in arguments:
+        option = argument.split("=")[0].replace("_", "-")
+        if not option.startswith("--moe-offload-") or any(k.startswith(option) for k in known):
+            continue
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]}?" if near else f"The options are {', '.join(known)}."
+        parser.error(f"moe-offload: there is no option {option}. {hint}")
 
 
 def _update(namespace: argparse.Namespace, options: dict[str, Any]) -> None:

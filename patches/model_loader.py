@@ -42,7 +42,11 @@ def _load_model(
     from vllm_moe_offload.layer import building
 
     device = vllm_config.load_config.device or vllm_config.device_config.device
-    engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device(device))
+    engine = OffloadEngine(
+        MoeOffloadConfig.parse(options),
+        torch.device(device),
+        workers_on_host=vllm_config.parallel_config.local_world_size,
+    )
     with building(engine):
         model = original(self, vllm_config, model_config, prefix)
     engine.finish_loading()

@@ -63,11 +63,15 @@ class OffloadEngine:
     Args:
         config: the plugin's options.
         device: where the layers are computed; the host itself is allowed.
+        workers_on_host: processes that load a part of the same model into this host's memory.
     """
 
-    def __init__(self, config: MoeOffloadConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: MoeOffloadConfig, device: torch.device, *, workers_on_host: int = 1
+    ) -> None:
         self.config = config
         self.device = device
+        self._workers_on_host = workers_on_host
         self.pool = HostPool()
         self.specs: list[LayerSpec] = []
         self.budget: Budget | None = None
@@ -185,7 +189,7 @@ class OffloadEngine:
         self.pool.close()
 
     def _check(self, budget: Budget) -> None:
-        host = available_host_memory()
+        host = available_host_memory().shared_by(self._workers_on_host)
         on_host = self.device.type == "cpu"
         check_budget(
             budget,

@@ -15,6 +15,13 @@ class HostMemory:
     available: int
     limited_by: str
 
+    def shared_by(self, processes: int) -> "HostMemory":
+        """One process's part where several are about to allocate the same."""
+        if processes == 1:
+            return self
+        limited_by = f"{self.limited_by}, shared by {processes} workers,"
+        return HostMemory(self.available // processes, limited_by)
+
 
 def available_host_memory(root: Path = Path("/")) -> HostMemory:
     """Find the tightest limit on host memory.

@@ -49,7 +49,8 @@ def plan_waves(
     waves: list[Wave] = []
     for layer in range(first_layer, len(slot_of_LE)):
         absent = [e for e, slot in enumerate(slot_of_LE[layer]) if slot == NOWHERE]
-        rows = block_rows[layer]
+        # A layer without absent experts may have rows larger than a block.
+        rows = max(1, block_rows[layer])
         waves += [
             Wave(layer, tuple(absent[start : start + rows]))
             for start in range(0, len(absent), rows)

@@ -1,7 +1,7 @@
 """Real vLLM engines on tiny checkpoints."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cpu_settings
@@ -9,6 +9,14 @@ import pytest
 
 # Before vLLM is imported: it reads its environment once.
 os.environ.update(cpu_settings.env("any"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_interpreter() -> Iterator[None]:
+    """Run the engine's torch forms here, whatever other tests of this process chose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

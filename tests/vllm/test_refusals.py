@@ -134,9 +134,9 @@ def test_missing_expert_tensor_is_noticed_without_the_headers(checkpoint, tmp_pa
 def test_worker_that_has_not_loaded_the_plugin(checkpoint, monkeypatch):
     import sys
 
-    from vllm_moe_offload import plugin
+    from vllm_moe_offload import patches
 
-    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(patches, "_registered", False)
     monkeypatch.setenv("VLLM_PLUGINS", "some-other-plugin")
     monkeypatch.delitem(sys.modules, "vllm_moe_offload.patches.worker_guard", raising=False)
     message = refusal(checkpoint("mixtral"), "mixtral", **offloaded())

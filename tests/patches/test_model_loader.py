@@ -1,0 +1,99 @@
+"""When memory is planned and taken, seen through a loader that loads nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_moe_offload import engine as engine_module
+from vllm_moe_offload import fill
+from vllm_moe_offload.config import KEY
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.layer import building_engine
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.memory import HostMemory
+from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.patches import model_loader
+
+MIB = 1 << 20
+LAYOUT = ExpertLayout.pack(
+    [("w13_weight", (512, 512), torch.float32), ("w2_weight", (512, 512), torch.float32)]
+)
+
+
+def make_loader(num_layers: int = 2):
+    """A patched loader; its models have layers of four experts."""
+
+    class Loader:
+        def load_model(self, vllm_config, model_config, prefix=""):
+            self.model = self.create_model(vllm_config, model_config, prefix)
+            self.engine = building_engine()
+            if self.engine is not None:
+                self.gaps = [fill.gaps(s.views()) for s in self.engine.pool.segments]
+                self.ready = bool(self.engine._layers)
+            return self.model
+
+        def create_model(self, vllm_config, model_config, prefix=""):
+            self.built_with = building_engine()
+            for number in range(num_layers if self.built_with else 0):
+                spec = LayerSpec(f"layer {number}", 4, LAYOUT, Activation("silu"))
+                self.built_with.add_layer(spec)
+            return "model"
+
+    model_loader.apply(SimpleNamespace(BaseModelLoader=Loader))
+    return Loader()
+
+
+def load(loader, options: dict | None):
+    config = SimpleNamespace(
+        additional_config={} if options is None else {KEY: options},
+        load_config=SimpleNamespace(device=None),
+        device_config=SimpleNamespace(device="cpu"),
+        parallel_config=SimpleNamespace(local_world_size=1),
+    )
+    return loader.load_model(config, SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
+
+
+def test_without_the_plugin():
+    loader = make_loader()
+    assert load(loader, None) == "model"
+    assert loader.built_with is None
+
+
+def test_planned_before_and_finished_after_loading():
+    loader = make_loader()
+    assert load(loader, {"cache_fraction": 0.5}) == "model"
+    assert loader.built_with is loader.engine
+    assert loader.engine.budget.slots == (2, 2)
+    assert not loader.ready
+    assert loader.engine._layers
+    assert building_engine() is None
+
+
+def test_every_expert_is_marked_before_loading():
+    loader = make_loader()
+    load(loader, {})
+    assert [len(gaps) for gaps in loader.gaps] == [16, 16]
+
+
+def test_no_memory_is_taken_before_the_plan_is_checked(monkeypatch):
+    limit = HostMemory(20 * MIB, "the container's limit of 77 bytes")
+    monkeypatch.setattr(engine_module, "available_host_memory", lambda: limit)
+    loader = make_loader()
+    with pytest.raises(OffloadError, match="host pool = "):
+        load(loader, {"cache_fraction": 0})
+    pool = loader.built_with.pool
+    assert pool.num_bytes == 16 * MIB
+    # Only memory that was never written is all zero: marks are not.
+    assert not any(segment.rows_EB.any() for segment in pool.segments)
+    assert building_engine() is None
+
+
+def test_no_layer_to_offload():
+    with pytest.raises(OffloadError) as error:
+        load(make_loader(num_layers=0), {"layers": "3"})
+    message = str(error.value)
+    assert "layers = 3: " in message
+    assert "Qwen3MoeForCausalLM" in message
+    assert "Choose other layers" in message

@@ -1,0 +1,227 @@
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import vllm.v1.worker.cpu_worker
+import vllm.v1.worker.gpu_worker
+
+from vllm_moe_offload.engine import EngineStats
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches import cpu_worker, worker
+from vllm_moe_offload.patches.wrapping import _MARK, PatchError
+
+COUNTS = EngineStats(
+    layers=2, experts_in_pool=16, slots=8, resident=5, pool_bytes=1600, slot_bytes=800,
+    staging_bytes=200, active=10, hits=6, misses=4, streamed=1, bytes_moved=1 << 30,
+)  # fmt: skip
+
+
+class FakeEngine:
+    def __init__(self, interval: float = 60.0) -> None:
+        self.config = SimpleNamespace(stats_interval_s=interval)
+        self.resets = self.closed = 0
+
+    def stats(self) -> EngineStats:
+        return COUNTS
+
+    def reset_stats(self) -> None:
+        self.resets += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def make_class() -> type:
+    """A worker as vLLM's, patched; its methods note that they ran."""
+
+    class Worker:
+        def __init__(self, engines=()):
+            self.to_load, self.calls = list(engines), []
+
+        def load_model(self, *, load_dummy_weights=False):
+            self.calls.append("load_model")
+            worker.engines_of_loading_worker().extend(self.to_load)
+
+        def compile_or_warm_up_model(self):
+            self.calls.append("compile_or_warm_up_model")
+            return 1.5
+
+        def execute_model(self, scheduler_output):
+            self.calls.append("execute_model")
+            return scheduler_output
+
+        def sleep(self, level=1):
+            self.calls.append(("sleep", level))
+
+        def reload_weights(self, *args, **kwargs):
+            self.calls.append(("reload_weights", args, kwargs))
+
+        def start_weight_update(self):
+            self.calls.append("start_weight_update")
+
+        def shutdown(self):
+            self.calls.append("shutdown")
+
+    worker.apply(SimpleNamespace(Worker=Worker))
+    return Worker
+
+
+def loaded(*engines: FakeEngine):
+    made = make_class()(engines)
+    made.load_model()
+    made.calls.clear()
+    return made
+
+
+def test_engines_stay_with_the_worker_that_loads():
+    engine, other = FakeEngine(), FakeEngine()
+    assert loaded(engine).moe_offload_engines == [engine]
+    assert loaded(other).moe_offload_engines == [other]
+    outside = worker.engines_of_loading_worker()
+    outside.append(engine)
+    assert worker.engines_of_loading_worker() == []
+
+
+def test_failing_load_leaves_no_list_behind():
+    made = make_class()()
+    made.to_load = None
+    with pytest.raises(TypeError):
+        made.load_model()
+    assert worker._loading.get() is None
+
+
+def test_sleep_at_level_2():
+    made = loaded(FakeEngine())
+    for sleep in (lambda: made.sleep(2), lambda: made.sleep(level=2)):
+        with pytest.raises(OffloadError) as error:
+            sleep()
+        assert "sleep level = 2: " in str(error.value)
+        assert "Use level 1, or restart the server" in str(error.value)
+    assert made.calls == []
+
+
+def test_sleep_at_level_1():
+    made = loaded(FakeEngine())
+    made.sleep()
+    made.sleep(level=1)
+    assert made.calls == [("sleep", 1), ("sleep", 1)]
+
+
+@pytest.mark.parametrize("name", ["reload_weights", "start_weight_update"])
+def test_new_weights(name):
+    made = loaded(FakeEngine())
+    with pytest.raises(OffloadError) as error:
+        getattr(made, name)()
+    assert "weights = reload: " in str(error.value)
+    assert "Restart the server" in str(error.value)
+    assert made.calls == []
+
+
+@pytest.mark.parametrize("was_loaded", [True, False])
+def test_untouched_without_an_engine(was_loaded):
+    made = loaded() if was_loaded else make_class()()
+    made.sleep(2)
+    made.reload_weights(1, b=2)
+    made.start_weight_update()
+    assert made.execute_model("step") == "step"
+    assert made.compile_or_warm_up_model() == 1.5
+    made.shutdown()
+    assert made.calls == [
+        ("sleep", 2),
+        ("reload_weights", (1,), {"b": 2}),
+        "start_weight_update",
+        "execute_model",
+        "compile_or_warm_up_model",
+        "shutdown",
+    ]
+    assert made.moe_offload_stats() is None
+
+
+def test_statistics_of_one_engine():
+    assert loaded(FakeEngine()).moe_offload_stats() == COUNTS.as_dict()
+
+
+def test_statistics_add_up():
+    stats = loaded(FakeEngine(), FakeEngine()).moe_offload_stats()
+    assert stats == {name: 2 * count for name, count in COUNTS.as_dict().items()}
+
+
+def test_statistics_start_after_warm_up():
+    engine = FakeEngine()
+    made = loaded(engine)
+    assert made.compile_or_warm_up_model() == 1.5
+    assert (made.calls, engine.resets) == (["compile_or_warm_up_model"], 1)
+
+
+def test_warm_up_of_the_cpu_worker():
+    class CPUWorker(make_class()):
+        def compile_or_warm_up_model(self):
+            return 2.5
+
+    cpu_worker.apply(SimpleNamespace(CPUWorker=CPUWorker))
+    engine = FakeEngine()
+    made = CPUWorker([engine])
+    made.load_model()
+    assert made.compile_or_warm_up_model() == 2.5
+    assert engine.resets == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time, and collects log lines."""
+    clock = SimpleNamespace(now=100.0, lines=[])
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(worker.logger, "info", lambda text, *args: clock.lines.append(text % args))
+    return clock
+
+
+def test_a_line_in_every_interval(clock):
+    made = loaded(FakeEngine(interval=60))
+    written = []
+    for clock.now in (100.0, 159.9, 160.0, 161.0, 219.9, 220.0):
+        assert made.execute_model("step") == "step"
+        written.append(len(clock.lines))
+    assert written == [0, 0, 1, 1, 1, 2]
+    assert clock.lines[0] == (
+        "moe-offload: 60.0% of 10 active experts were in slots, 4 moved (1.00 GiB, 1 through "
+        "staging), 5 of 8 slots in use"
+    )
+
+
+def test_no_lines(clock):
+    made = loaded(FakeEngine(interval=0))
+    clock.now += 1e6
+    made.execute_model("step")
+    assert clock.lines == []
+
+
+def test_shutdown_closes_engines_once():
+    engine = FakeEngine()
+    made = loaded(engine)
+    made.shutdown()
+    made.shutdown()
+    assert (made.calls, engine.closed) == (["shutdown", "shutdown"], 1)
+    assert made.moe_offload_stats() is None
+
+
+def test_method_that_is_gone():
+    class Worker:
+        def load_model(self):
+            pass
+
+    with pytest.raises(PatchError, match=r"Worker has no compile_or_warm_up_model"):
+        worker.apply(SimpleNamespace(Worker=Worker))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["load_model", "compile_or_warm_up_model", "execute_model", "reload_weights",
+     "start_weight_update", "shutdown"],
+)  # fmt: skip
+def test_both_real_workers_are_patched(name):
+    for kind in (vllm.v1.worker.gpu_worker.Worker, vllm.v1.worker.cpu_worker.CPUWorker):
+        assert hasattr(inspect.getattr_static(kind, name), _MARK), f"{kind.__name__}.{name}"
+
+
+def test_sleep_of_the_real_worker_is_patched():
+    assert hasattr(vllm.v1.worker.gpu_worker.Worker.sleep, _MARK)

@@ -1,0 +1,71 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_names
+from vllm_moe_offload.checkpoints import make_checkpoint
+
+DENSE = ["model.embed_tokens.weight", "model.layers.0.mlp.gate.weight", "lm_head.weight"]
+EXPERTS = 4
+NAMES = [
+    f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+    for layer in range(2)
+    for expert in range(EXPERTS)
+    for part in ("gate_proj", "up_proj", "down_proj")
+]
+
+
+@given(st.sets(st.sampled_from(NAMES), max_size=3), st.permutations(NAMES))
+def test_what_one_expert_has_and_another_lacks(lost, names):
+    left = [name for name in names if name not in lost]
+    assert missing_expert_tensors(DENSE + left, EXPERTS) == sorted(lost)
+
+
+@pytest.mark.parametrize(
+    "stacked",
+    [
+        ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj_bias"],
+        ["model.layers.0.block_sparse_moe.input_linear.weight"],
+        ["model.layers.0.mlp.shared_expert.up_proj.weight"],
+        [],
+    ],
+)
+def test_checkpoints_without_single_experts(stacked):
+    assert missing_expert_tensors(DENSE + stacked, EXPERTS) == []
+
+
+@pytest.mark.parametrize("folder", ["experts", "expert"])
+def test_names_of_other_families(folder):
+    names = [f"layers.1.block_sparse_moe.{folder}.{e}.w1.weight" for e in (0, 1, 3)]
+    assert missing_expert_tensors(names, 4) == [f"layers.1.block_sparse_moe.{folder}.2.w1.weight"]
+
+
+def test_all_last_experts_missing():
+    names = [name for name in NAMES if ".experts.3." not in name]
+    assert len(missing_expert_tensors(names, EXPERTS)) == 6
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granite_moe"])
+def test_whole_checkpoint(tmp_path, family):
+    make_checkpoint(tmp_path, family, num_layers=2, hidden_size=64, intermediate_size=32)
+    assert missing_expert_tensors(tensor_names(tmp_path), 8) == []
+
+
+def test_checkpoint_that_lacks_a_tensor(tmp_path):
+    path = make_checkpoint(
+        tmp_path, "qwen3_moe", num_layers=2, hidden_size=64, intermediate_size=32
+    )
+    lost = "model.layers.1.mlp.experts.5.up_proj.weight"
+    names = tensor_names(path)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    assert lost in names
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop(lost, None) is not None:
+            save_file(tensors, file)
+    assert missing_expert_tensors(tensor_names(path), 8) == [lost]
+
+
+def test_folder_without_safetensors(tmp_path):
+    assert tensor_names(tmp_path) == []

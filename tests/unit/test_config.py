@@ -1,0 +1,182 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.errors import OffloadError
+
+REMEDIES = {
+    "gpu_gb": "Give a positive number of GiB, or auto",
+    "cache_fraction": "Give a number from 0",
+    "staging_mb": "Give a positive number of MiB, or auto",
+    "layers": "Give all, or decoder layer numbers such as 0-11,20",
+    "stats_interval_s": "Give a number of seconds",
+    "allow_dense": "Give true or false",
+}
+NUMERIC = ["gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s"]
+NO_NUMBERS = [
+    math.nan, math.inf, -math.inf, "nan", "inf", "eight", "", "8 GiB", "1,5", [], [8], {}, True,
+    1e300, 10**400, -1, -0.001, "-3",
+]  # fmt: skip
+
+ranges = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: tuple(sorted(pair)))
+
+
+def refusal(options: object) -> OffloadError:
+    with pytest.raises(OffloadError) as caught:
+        MoeOffloadConfig.parse(options)
+    return caught.value
+
+
+def check_refused(name: str, value: object) -> None:
+    message = str(refusal({name: value}))
+    assert f"{name} = {value}: " in message
+    assert REMEDIES[name] in message
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", NUMERIC)
+def test_bad_number(name, value):
+    check_refused(name, value)
+
+
+@pytest.mark.parametrize("name", ["gpu_gb", "staging_mb"])
+@pytest.mark.parametrize("value", [0, 0.0, "0", None, "all"], ids=repr)
+def test_bad_size(name, value):
+    check_refused(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_gb", 100_001),
+        ("staging_mb", 1e9),
+        ("stats_interval_s", 1e12),
+        ("cache_fraction", 1.001),
+        ("cache_fraction", "auto"),
+        ("stats_interval_s", "auto"),
+    ],
+)
+def test_out_of_range(name, value):
+    check_refused(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("gpu_gb", "2.5", 2.5),
+        ("gpu_gb", 100_000, 100_000.0),
+        ("gpu_gb", "auto", "auto"),
+        ("cache_fraction", 0, 0.0),
+        ("cache_fraction", "1", 1.0),
+        ("cache_fraction", None, None),
+        ("staging_mb", 1e-3, 1e-3),
+        ("staging_mb", "auto", "auto"),
+        ("stats_interval_s", 0, 0.0),
+        ("allow_dense", True, True),
+    ],
+)
+def test_good_value(name, value, expected):
+    assert getattr(MoeOffloadConfig.parse({name: value}), name) == expected
+
+
+@pytest.mark.parametrize("value", ["perhaps", 2, None, []], ids=repr)
+def test_bad_flag(value):
+    check_refused("allow_dense", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "none", "-1", "1-", "-", "0,,1", "0;1", "1.5", "0-1-2", "all,1", "5-3", "0,9-8", 3, None],
+    ids=repr,
+)
+def test_bad_layers(value):
+    check_refused("layers", value)
+
+
+@given(st.lists(ranges, min_size=1), st.sampled_from([",", ", ", " ,"]))
+def test_layers(chosen, comma):
+    config = MoeOffloadConfig.parse(
+        {"layers": comma.join(str(a) if a == b else f"{a}-{b}" for a, b in chosen)}
+    )
+    expected = {layer for first, last in chosen for layer in range(first, last + 1)}
+    assert {layer for layer in range(20) if config.includes(layer)} == expected
+    assert config.last_layer() == max(expected)
+
+
+@pytest.mark.parametrize("text", ["all", " all "])
+def test_all_layers(text):
+    config = MoeOffloadConfig.parse({"layers": text})
+    assert config.includes(0)
+    assert config.includes(1000)
+    assert config.last_layer() is None
+
+
+def test_two_sizes():
+    message = str(refusal({"gpu_gb": 4, "cache_fraction": 0.5}))
+    assert "cache_fraction = 0.5" in message
+    assert "gpu_gb = 4.0" in message
+    assert "Give one of the two" in message
+
+
+def test_fraction_beside_automatic_size():
+    config = MoeOffloadConfig.parse({"gpu_gb": "auto", "cache_fraction": 0.5})
+    assert config.cache_fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("gpu_gib", "gpu_gb"),
+        ("gpu-gb", "gpu_gb"),
+        ("cachefraction", "cache_fraction"),
+        ("staging", "staging_mb"),
+        ("layer", "layers"),
+        ("stats_interval", "stats_interval_s"),
+        ("dense", "allow_dense"),
+    ],
+)
+def test_unknown_name(name, near):
+    message = str(refusal({"gpu_gb": 1, name: 1}))
+    assert f"option = {name}: " in message
+    assert f"Did you mean {near}." in message
+
+
+@pytest.mark.parametrize("name", ["zzz", 3, ""], ids=repr)
+def test_unknown_name_without_a_near_one(name):
+    message = str(refusal({name: 1}))
+    assert f"option = {name}: " in message
+    assert all(known in message for known in MoeOffloadConfig.model_fields)
+
+
+@pytest.mark.parametrize("options", [8, "gpu_gb", [("gpu_gb", 8)], None], ids=repr)
+def test_options_that_are_no_mapping(options):
+    message = str(refusal(options))
+    assert f"moe_offload = {options}: " in message
+    assert 'Give {"gpu_gb": 8}' in message
+
+
+def test_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        MoeOffloadConfig().gpu_gb = 3.0
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "gpu_gb": st.floats(1e-6, 100_000) | st.just("auto"),
+            "staging_mb": st.floats(1e-6, 100_000_000) | st.just("auto"),
+            "layers": st.sampled_from(["all", "3", "0-4,9"]),
+            "stats_interval_s": st.floats(0, 1e6),
+            "allow_dense": st.booleans(),
+        },
+    )
+)
+def test_travels_as_json(options):
+    config = MoeOffloadConfig.parse(options)
+    assert MoeOffloadConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_moe_offload.fill import Gap, gaps, mark
+from vllm_moe_offload.layout import ExpertLayout
+
+EXPERTS = 3
+SHAPES = {"w13_weight": (4, 6), "w2_weight": (5, 2), "w13_bias": (8,), "w2_bias": (3,)}
+HALVES = [(name, e, half) for name in SHAPES for e in range(EXPERTS) for half in (0, 1)]
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def views(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    layout = ExpertLayout.pack((name, shape, dtype) for name, shape in SHAPES.items())
+    return layout.views(torch.zeros(EXPERTS, layout.row_bytes, dtype=torch.uint8))
+
+
+@given(dtypes, st.sets(st.sampled_from(HALVES)), st.integers(0, 1 << 20))
+def test_gaps_are_what_nobody_wrote(dtype, written, seed):
+    tensors = views(dtype)
+    mark(tensors)
+    generator = torch.Generator().manual_seed(seed)
+    for name, expert, half in written:
+        middle = SHAPES[name][0] // 2
+        part = tensors[name][expert, middle:] if half else tensors[name][expert, :middle]
+        part.copy_(torch.randn(part.shape, generator=generator))
+    assert {(gap.tensor, gap.expert, gap.half) for gap in gaps(tensors)} == set(HALVES) - written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, float("inf"), float("nan"), -float("nan")])
+def test_any_value_counts_as_written(dtype, value):
+    tensors = views(dtype)
+    mark(tensors)
+    assert len(gaps(tensors)) == len(HALVES)
+    for tensor in tensors.values():
+        tensor.fill_(value)
+    assert gaps(tensors) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mark_is_a_nan(dtype):
+    tensors = views(dtype)
+    mark(tensors)
+    assert all(bool(tensor.isnan().any(-1).any()) for tensor in tensors.values())
+
+
+def test_tensors_without_a_mark_are_left_alone():
+    tensors = {
+        "qweight": torch.ones(EXPERTS, 4, 4, dtype=torch.int32),
+        "fp8": torch.ones(EXPERTS, 4, 4).to(torch.float8_e4m3fn),
+        "scale": torch.ones(EXPERTS),
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    mark(tensors)
+    assert gaps(tensors) == []
+    assert all(torch.equal(tensors[n].view(torch.uint8), before[n].view(torch.uint8))
+               for n in tensors)  # fmt: skip
+
+
+def test_a_tensor_of_one_row():
+    tensors = {"w": torch.zeros(2, 1, 4)}
+    mark(tensors)
+    tensors["w"][0] = 1.0
+    assert set(gaps(tensors)) == {Gap("w", 1, 0), Gap("w", 1, 1)}
