@@ -32,6 +32,7 @@ class Case(NamedTuple):
     runner: str
 
 
+HAS_GPU = shutil.which("nvidia-smi") is not None
 SHARES = (0.0, 0.25, 1.0)
 MAX_TOKENS = 16
 PROMPTS = [[3 + (97 * i * i + 41 * i + 29 * n) % 500 for i in range(n)] for n in (3, 8, 17, 90)]
@@ -140,7 +141,7 @@ def run_one(case: Case) -> dict[str, Any]:
 
 
 def cases(families: Sequence[str]) -> list[Case]:
-    """Everything that is compared, the slowest first."""
+    """Everything that this machine compares, the slowest first; a CPU has one runner, eager."""
     from vllm_moe_offload.checkpoints import MOE_FAMILIES
 
     graphs = [Case(family, "graphs", "bfloat16", "V2") for family in ("deepseek_v2", "qwen3_moe")]
@@ -150,7 +151,8 @@ def cases(families: Sequence[str]) -> list[Case]:
         for dtype in ("bfloat16", "float32")
     ]
     older = [Case(family, "eager", "float32", "V1") for family in ("gpt_oss", "qwen3_moe")]
-    return [case for case in graphs + eager + older if case.family in (families or MOE_FAMILIES)]
+    planned = graphs + eager + older if HAS_GPU else [c._replace(runner="V1") for c in eager]
+    return [case for case in planned if case.family in (families or MOE_FAMILIES)]
 
 
 def main() -> int:
@@ -188,7 +190,7 @@ def _in_a_process(case: Case) -> dict[str, Any]:
     }
     if case.dtype == "float32":
         environment["VLLM_MLA_DISABLE"] = "1"  # no latent attention for this type on CUDA
-    if case.mode == "eager" and shutil.which("nvidia-smi") is None:
+    if not HAS_GPU:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # sampling would be compiled for a minute
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--one", ",".join(case), "--out", file.name]
