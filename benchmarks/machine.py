@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +19,7 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folder, sys.argv)]),
         "commit": commit or _commit(),
         "machine": {
             "device": torch.cuda.get_device_name() if gpu else "CPU",
@@ -31,6 +32,11 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
             "vllm": vllm.__version__,
         },
     }
+
+
+def _without_folder(argument: str) -> str:
+    """Leave out where things lie on the measuring machine."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _commit() -> str:
