@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from vllm_moe_offload import cli, demo
-from vllm_moe_offload.demo import Answer, DemoError, Outcome, Request, Server
+from vllm_moe_offload.demo.conversation import REQUESTS, Answer, DemoError, Outcome, Request
+from vllm_moe_offload.demo.report import texts_table
+from vllm_moe_offload.demo.server import Server, command, environment, free_port
 
 # Answers like vLLM, at once. --plugin with FAKE_SHIFT in the environment gives other tokens.
 FAKE_SERVER = """
@@ -122,8 +124,8 @@ def test_same_tokens_exit_zero(vllm, capsys):
 def test_the_warm_up_is_not_counted(vllm, capsys):
     demo.run("some/model")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["hits", str(10 * len(demo.REQUESTS)), "-"] in rows
-    assert ["bytes", "moved", f"{len(demo.REQUESTS)}.0", "MiB", "-"] in rows
+    assert ["hits", str(10 * len(REQUESTS)), "-"] in rows
+    assert ["bytes", "moved", f"{len(REQUESTS)}.0", "MiB", "-"] in rows
 
 
 def test_other_tokens_exit_one(vllm, monkeypatch, capsys):
@@ -153,10 +155,10 @@ def test_server_that_dies_is_reported_with_its_log(vllm, capsys):
 
 def test_server_that_dies_while_answering_is_reported(vllm):
     vllm.write_text(vllm.read_text().replace("stats[", "os._exit(4)  # "))
-    with Server(demo.command("m", "auto", True), {}, Path("log")) as server:
+    with Server(command("m", "auto", True), {}, Path("log")) as server:
         server.wait_until_healthy(lambda seconds, message: None)
         with pytest.raises(DemoError, match="did not answer"):
-            server.ask(demo.REQUESTS, with_stats=True)
+            server.ask(REQUESTS, with_stats=True)
 
 
 def test_missing_vllm_is_reported(vllm, capsys):
@@ -171,7 +173,7 @@ def test_progress_tells_the_last_message_of_the_log(vllm):
         "/bin/sh",
         "echo '(Worker pid=1) INFO 11-23 18:03:38 [b.py:9] [x] loading'; echo noise; sleep 9",
     )
-    with Server(demo.command("m", "auto", True), {}, Path("log")) as server:
+    with Server(command("m", "auto", True), {}, Path("log")) as server:
 
         def stop_when_told(seconds: float, message: str) -> None:
             assert seconds < 5
@@ -186,8 +188,9 @@ def test_progress_tells_the_last_message_of_the_log(vllm):
 def test_no_process_is_left_when_the_demo_is_stopped(vllm, number):
     script(vllm, "/bin/sh", "trap '' TERM INT; sleep 300 & echo $!; wait; wait; wait")
     code = (
-        f"import sys; from vllm_moe_offload import demo; sys.executable = {str(vllm)!r}; "
-        "demo._STOP_TIMEOUT_S = 0.2; demo.version = lambda name: '0'; sys.exit(demo.run('m'))"
+        "import sys; from vllm_moe_offload import demo; from vllm_moe_offload.demo import server; "
+        f"sys.executable = {str(vllm)!r}; "
+        "server._STOP_TIMEOUT_S = 0.2; demo.version = lambda name: '0'; sys.exit(demo.run('m'))"
     )
     python = Path(sys.prefix, "bin", "python")
     with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE) as process:
@@ -203,14 +206,14 @@ def test_no_process_is_left_when_the_demo_is_stopped(vllm, number):
 
 
 def test_outcomes_of_different_length_are_shown_as_different():
-    text = rendered(demo.texts_table(outcome([1, 2]), outcome([1, 2, 3])))
+    text = rendered(texts_table(outcome([1, 2]), outcome([1, 2, 3])))
     assert "differ from position the end" in text
 
 
 def test_texts_keep_brackets_and_lose_control_characters():
     odd = outcome([1])
     odd = replace(odd, answers=[replace(odd.answers[0], text="[b]\x07a\ufffd\n[/red]")])
-    assert "[b] a [/red]" in rendered(demo.texts_table(odd, odd))
+    assert "[b] a [/red]" in rendered(texts_table(odd, odd))
 
 
 def test_time_is_shared_by_all_tokens():
@@ -227,14 +230,14 @@ def test_free_ports_can_be_bound():
     import socket
 
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", demo.free_port()))
+        listener.bind(("127.0.0.1", free_port()))
 
 
 def test_only_the_stock_server_is_without_plugins(tmp_path):
-    assert demo.environment("m", on_cpu=True, plugin=False)["VLLM_PLUGINS"] == ""
-    assert "VLLM_PLUGINS" not in demo.environment("m", on_cpu=True, plugin=True)
-    assert "HF_HUB_OFFLINE" not in demo.environment("m", on_cpu=True, plugin=True)
-    assert demo.environment(str(tmp_path), on_cpu=True, plugin=True)["HF_HUB_OFFLINE"] == "1"
+    assert environment("m", on_cpu=True, plugin=False)["VLLM_PLUGINS"] == ""
+    assert "VLLM_PLUGINS" not in environment("m", on_cpu=True, plugin=True)
+    assert "HF_HUB_OFFLINE" not in environment("m", on_cpu=True, plugin=True)
+    assert environment(str(tmp_path), on_cpu=True, plugin=True)["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Serve a model with and without offloading and compare the answers: ``vllm-moe-offload demo``.
+
+Two servers run one after the other, each in processes of its own, since a process has either the
+plugin's hooks or stock vLLM; one at a time, because two share the machine's cores and memory
+and together start no sooner. vLLM is not imported here.
+"""
+
+import shlex
+import signal
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.text import Text
+
+from vllm_moe_offload.checkpoints import make_checkpoint
+from vllm_moe_offload.demo.conversation import REQUESTS, DemoError, Outcome
+from vllm_moe_offload.demo.report import Progress, figures_table, texts_table
+from vllm_moe_offload.demo.server import Server, command, environment
+
+FOLDER = Path(".demo")
+
+
+def run(model: str | None, dtype: str | None = None) -> int:
+    """Run the demo and return its exit status: 0 if all token ids are identical.
+
+    Args:
+        model: a checkpoint's folder or name on the hub; None makes a small random one.
+        dtype: vLLM's option; None takes the checkpoint's on a GPU, and otherwise float32, in
+            which two implementations of one model do not differ in their greedy choice.
+    """
+    console = Console(highlight=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)  # the servers end with us
+    try:
+        return _compare(console, model, dtype)
+    except (DemoError, PackageNotFoundError, OSError) as error:
+        console.print(Text(str(error), style="red"), soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted; no server is left running.")
+        return 130
+
+
+def _compare(console: Console, model: str | None, dtype: str | None) -> int:
+    on_cpu = "cpu" in version("vllm")
+    dtype = dtype or ("float32" if on_cpu or model is None else "auto")
+    FOLDER.mkdir(exist_ok=True)
+    model = model or str(_small_checkpoint(console))
+    offloaded = _serve(console, model, dtype, on_cpu, plugin=True)
+    stock = _serve(console, model, dtype, on_cpu, plugin=False)
+    identical = [a.token_ids for a in offloaded.answers] == [a.token_ids for a in stock.answers]
+    console.print(texts_table(offloaded, stock), figures_table(offloaded, stock), sep="\n")
+    if not identical and dtype != "float32":
+        console.print(
+            "In 16 bit, two correct implementations may choose differently where two tokens are "
+            "nearly equal; --dtype float32 compares without that."
+        )
+    console.print(f"identical: {'yes' if identical else 'no'}")
+    return 0 if identical else 1
+
+
+def _serve(console: Console, model: str, dtype: str, on_cpu: bool, plugin: bool) -> Outcome:
+    line = command(model, dtype, plugin)
+    log = FOLDER / ("moe-offload.log" if plugin else "stock.log")
+    console.print(Text(f"$ vllm {shlex.join(line[1:])}"), soft_wrap=True)
+    with Server(line, environment(model, on_cpu, plugin), log) as server:
+        with Progress(console) as progress:
+            seconds = server.wait_until_healthy(progress)
+        console.print(f"  ready after {seconds:.0f} s, log in {log}")
+        console.print(f"  sending {len(REQUESTS)} requests at once")
+        outcome = server.ask(REQUESTS, with_stats=plugin)
+    tokens = sum(len(a.token_ids) for a in outcome.answers)
+    console.print(f"  {tokens} tokens in {outcome.seconds:.1f} s")
+    return outcome
+
+
+def _small_checkpoint(console: Console) -> Path:
+    path = FOLDER / "qwen3-moe"
+    if path.exists():
+        return path
+    console.print(f"Making a small random Qwen3-MoE checkpoint: {path}")
+    with TemporaryDirectory(dir=FOLDER) as scratch:
+        made = make_checkpoint(
+            Path(scratch) / path.name,
+            "qwen3_moe",
+            num_layers=6,
+            num_experts=32,
+            top_k=4,
+            hidden_size=256,
+            intermediate_size=128,
+        )
+        made.rename(path)  # only a complete one gets the name
+    return path
