@@ -9,6 +9,7 @@ Legend: L layers, E local experts of a layer, W waves of a step.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,13 +59,69 @@ def plan_waves(
     return waves
 
 
+class _Copies:
+    """Order between copies and computation where both are one sequence, as on a CPU."""
+
+    def follow_computation(self) -> None:
+        """Start no copy before what has been queued to compute."""
+
+    @contextmanager
+    def into(self, block: int, *, used: bool) -> Iterator[None]:
+        """Queue the copies of the context into a block, after its last use if it has one."""
+        del block, used
+        yield
+
+    def wait(self, block: int) -> None:
+        """Compute nothing more before a block's copies are there."""
+
+    def free(self, block: int) -> None:
+        """Note that what has been queued so far is the last that reads a block."""
+
+    def drain(self) -> None:
+        """Compute nothing more before all copies are there."""
+
+
+class _StreamCopies(_Copies):
+    """The same order between the copy engine's stream and the current one."""
+
+    def __init__(self, device: torch.device, num_blocks: int) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._ready = [torch.cuda.Event() for _ in range(num_blocks)]
+        self._freed = [torch.cuda.Event() for _ in range(num_blocks)]
+
+    def follow_computation(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def into(self, block: int, *, used: bool) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            if used:
+                self._stream.wait_event(self._freed[block])
+            yield
+            self._ready[block].record(self._stream)
+
+    def wait(self, block: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._ready[block])
+
+    def free(self, block: int) -> None:
+        self._freed[block].record(torch.cuda.current_stream(self._device))
+
+    def drain(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def _copies(device: torch.device, num_blocks: int) -> _Copies:
+    return _StreamCopies(device, num_blocks) if device.type == "cuda" else _Copies()
+
+
 class Sweep:
     """Runs the layers of one step after the other while the copy engine stays ahead.
 
     Args:
         layers: all layers of the model, in order of execution.
         pool_rows: the pool rows of each layer in host memory, pinned.
-        device: the GPU.
+        device: where the layers are computed.
     """
 
     def __init__(
@@ -73,10 +130,8 @@ class Sweep:
         self._layers = layers
         self._pool_rows = pool_rows
         self._device = device
-        self._copies = torch.cuda.Stream(device)
-        blocks = len(layers[0].staging)
-        self._ready = [torch.cuda.Event() for _ in range(blocks)]
-        self._freed = [torch.cuda.Event() for _ in range(blocks)]
+        self._blocks = len(layers[0].staging)
+        self._copies = _copies(device, self._blocks)
         self._waves: list[Wave] = []
         self._row_of_WE = torch.empty(0)
         self._done = 0
@@ -92,8 +147,8 @@ class Sweep:
             self._start(layer)
         part = self._layers[layer]
         products = Products(part, x_TH, weight_TK, ids_TK)
-        assert products.lists is not None
-        dispatch.dispatch(ids_TK, products.lists)
+        if products.lists is not None:
+            dispatch.dispatch(ids_TK, products.lists)
         products.compute(part.residency.tables.slot_of_E, part.slots.weights)
         moved = 0
         while self._done < len(self._waves) and self._waves[self._done].layer == layer:
@@ -106,7 +161,7 @@ class Sweep:
     def settle(self) -> None:
         """Let the current stream wait for copies of a sweep that was left half-way."""
         if self._done < len(self._waves):
-            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+            self._copies.drain()
         self._waves, self._done, self._next_layer = [], 0, len(self._layers)
 
     def _start(self, layer: int) -> None:
@@ -118,8 +173,8 @@ class Sweep:
         rows = [part.staging[0].num_rows for part in self._layers]
         self._waves = plan_waves(slot_of_LE, rows, layer)
         self._row_of_WE = self._maps().to(self._device, non_blocking=True)
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        for wave in range(min(len(self._freed), len(self._waves))):
+        self._copies.follow_computation()
+        for wave in range(min(self._blocks, len(self._waves))):
             self._issue(wave)
 
     def _fill_empty_slots(self, number: int, slot_of_E: list[int]) -> None:
@@ -146,33 +201,29 @@ class Sweep:
         maps = torch.full((len(self._waves), experts), NOWHERE, dtype=torch.int32)
         for number, wave in enumerate(self._waves):
             maps[number, list(wave.experts)] = torch.arange(len(wave.experts), dtype=torch.int32)
-        return maps.pin_memory()
+        return maps.pin_memory() if self._device.type == "cuda" else maps
 
     def _issue(self, number: int) -> None:
         """Queue the copies of a wave behind the last use of its block."""
-        wave, block = self._waves[number], number % len(self._freed)
+        wave, block = self._waves[number], number % self._blocks
         target = self._layers[wave.layer].staging[block].rows_RB
         source = self._pool_rows[wave.layer]
-        with torch.cuda.stream(self._copies):
-            if number >= len(self._freed):
-                self._copies.wait_event(self._freed[block])
+        with self._copies.into(block, used=number >= self._blocks):
             for expert, row, length in wave.runs():
                 target[row : row + length].copy_(
                     source[expert : expert + length], non_blocking=True
                 )
-            self._ready[block].record(self._copies)
 
     def _compute_wave(self, part: OffloadedLayer, products: Products) -> None:
         number = self._done
-        block = number % len(self._freed)
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._ready[block])
+        block = number % self._blocks
+        self._copies.wait(block)
         row_of_E = self._row_of_WE[number, : part.spec.num_experts]
         products.compute(row_of_E, part.staging[block].weights)
-        self._freed[block].record(stream)
+        self._copies.free(block)
         self._done += 1
-        if number + len(self._freed) < len(self._waves):
-            self._issue(number + len(self._freed))
+        if number + self._blocks < len(self._waves):
+            self._issue(number + self._blocks)
 
     @staticmethod
     def _count(part: OffloadedLayer, ids_TK: Tensor, moved: int) -> None:

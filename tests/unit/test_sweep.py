@@ -1,11 +1,23 @@
-"""What a sweep copies and in which order; the copies themselves need a GPU."""
+"""What a sweep copies, in which order, and what it computes; here copies are immediate."""
 
 from itertools import pairwise
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.sweep import Wave, plan_waves
+from vllm_moe_offload import engine as engine_module
+from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.engine import OffloadEngine
+from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.kernels.operations import TORCH
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.sweep import Sweep, Wave, plan_waves
+
+HIDDEN, INTERMEDIATE = 16, 8
+EXPERTS = (6, 4, 7)
 
 tables = st.lists(st.lists(st.integers(-1, 3).map(lambda s: min(s, 1)), max_size=9), max_size=4)
 
@@ -58,3 +70,106 @@ def test_runs_are_as_long_as_they_can_be(experts):
     runs = list(Wave(0, tuple(sorted(experts))).runs())
     for (expert, _, length), (following, *_) in pairwise(runs):
         assert expert + length < following
+
+
+def build(share: float, monkeypatch) -> OffloadEngine:
+    """Three layers of different sizes; staging holds two experts a block."""
+    monkeypatch.setattr(engine_module, "operations_for", lambda _device: TORCH)
+    layout = ExpertLayout.pack(
+        [
+            ("w13_weight", (2 * INTERMEDIATE, HIDDEN), torch.float32),
+            ("w2_weight", (HIDDEN, INTERMEDIATE), torch.float32),
+        ]
+    )
+    options = {"cache_fraction": share, "staging_mb": 4 * layout.row_bytes / 2**20}
+    engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device("cpu"))
+    for number, experts in enumerate(EXPERTS):
+        engine.add_layer(LayerSpec(str(number), experts, layout, Activation("silu")))
+    engine.plan()
+    generator = torch.Generator().manual_seed(0)
+    for segment in engine.pool.segments:
+        for view in segment.views().values():
+            view.normal_(generator=generator)
+    engine.finish_loading()
+    engine.arena.buffer.fill_(255)  # NaN in every slot
+    for block in engine.staging.blocks:
+        block.fill_(255)
+    return engine
+
+
+def inputs(step: int, layer: int):
+    generator = torch.Generator().manual_seed(100 * step + layer)
+    x_TH = torch.randn(9, HIDDEN, generator=generator)
+    ids_TK = torch.randint(-1, EXPERTS[layer], (9, 3), generator=generator)
+    return x_TH, torch.rand(9, 3, generator=generator), ids_TK
+
+
+def sweep_of(engine: OffloadEngine) -> Sweep:
+    rows = [segment.rows_EB for segment in engine.pool.segments]
+    return Sweep(engine._layers, rows, engine.device)
+
+
+def assert_consistent(engine: OffloadEngine) -> None:
+    engine.check_integrity()
+    stats = engine.stats()
+    assert stats.active == stats.hits + stats.misses
+    row = engine.specs[0].layout.row_bytes
+    assert stats.bytes_moved % row == 0
+    assert stats.bytes_moved >= stats.misses * row
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+def test_a_sweep_gives_the_bits_of_ordinary_steps(share, monkeypatch):
+    swept, stepped = build(share, monkeypatch), build(share, monkeypatch)
+    sweep = sweep_of(swept)
+    for step in range(3):
+        for layer in range(len(EXPERTS)):
+            tensors = inputs(step, layer)
+            expected = stepped.run(layer, *tensors)
+            assert torch.equal(sweep.run(layer, *tensors), expected)
+            assert_consistent(swept)
+
+
+def test_a_sweep_fills_empty_slots_and_evicts_nobody(monkeypatch):
+    engine = build(0.5, monkeypatch)
+    sweep = sweep_of(engine)
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(0, layer))
+    before = [engine.residency(layer).tables.expert_of_S.clone() for layer in range(3)]
+    assert engine.stats().resident == engine.stats().slots
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(1, layer))
+    after = [engine.residency(layer).tables.expert_of_S for layer in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_every_absent_expert_is_counted_once_a_step(monkeypatch):
+    engine = build(0.5, monkeypatch)
+    sweep = sweep_of(engine)
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(0, layer))
+    engine.reset_stats()
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(1, layer))
+    absent = sum(EXPERTS) - engine.stats().slots
+    assert engine.stats().bytes_moved == absent * engine.specs[0].layout.row_bytes
+
+
+def test_a_sweep_left_half_way_starts_anew(monkeypatch):
+    engine, other = build(0.3, monkeypatch), build(0.3, monkeypatch)
+    sweep = sweep_of(engine)
+    sweep.run(0, *inputs(0, 0))
+    sweep.settle()  # an ordinary step comes between
+    engine.run(1, *inputs(1, 1))
+    for layer in range(len(EXPERTS)):
+        tensors = inputs(2, layer)
+        assert torch.equal(sweep.run(layer, *tensors), other.run(layer, *tensors))
+    assert_consistent(engine)
+
+
+def test_a_sweep_may_begin_at_any_layer(monkeypatch):
+    engine, other = build(0.3, monkeypatch), build(0.3, monkeypatch)
+    sweep = sweep_of(engine)
+    for layer in (1, 2, 0, 2):
+        tensors = inputs(0, layer)
+        assert torch.equal(sweep.run(layer, *tensors), other.run(layer, *tensors))
