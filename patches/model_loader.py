@@ -49,8 +49,9 @@ def _load_model(
     )
     with building(engine):
         model = original(self, vllm_config, model_config, prefix)
-    engine.finish_loading()
-    engines_of_loading_worker().append(engine)
+    if engine.specs:
+        engine.finish_loading()
+        engines_of_loading_worker().append(engine)
     return model
 
 
@@ -63,6 +64,8 @@ def _create_model(
     engine = building_engine()
     if engine is None:
         return model
+    if not engine.specs and model_config is not vllm_config.model_config:
+        return model  # a draft model for speculative decoding may be dense
     if not engine.specs:
         raise OffloadError(
             "layers",

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from vllm_moe_offload.config import KEY
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.tuned_tiles import tuned_tiles
 from vllm_moe_offload.patches.wrapping import wrap
 
@@ -28,6 +30,8 @@ def _get_quant_method(
     from vllm_moe_offload import layer as offload_layer
 
     engine = offload_layer.building_engine()
+    if engine is None:
+        _refuse_foreign_loader()
     if engine is None or not engine.config.includes(_decoder_layer(prefix)):
         return original(self, prefix, quant_config, moe_config)
     if moe_config.device.type == "cuda":
@@ -38,6 +42,25 @@ def _get_quant_method(
     quantization = quant_config.get_name() if quant_config is not None else "none"
     offload_layer.offload(method, engine, prefix, quantization, tuned_tiles(moe_config))
     return method
+
+
+def _refuse_foreign_loader() -> None:
+    """Refuse to build an offloaded model's layers where no engine takes them.
+
+    Raises:
+        OffloadError: the model is to be offloaded, but its loader does not build it as others do.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    extra = None if config is None else config.additional_config
+    if isinstance(extra, dict) and extra.get(KEY) is not None:
+        raise OffloadError(
+            "--load-format",
+            config.load_config.load_format,
+            "this loader builds the model by itself, so its experts cannot be offloaded",
+            "Use --load-format auto, or drop --plugin moe-offload",
+        )
 
 
 def _decoder_layer(prefix: str) -> int:

@@ -45,14 +45,16 @@ def make_loader(num_layers: int = 2):
     return Loader()
 
 
-def load(loader, options: dict | None):
+def load(loader, options: dict | None, *, draft: bool = False):
+    model_config = SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])
     config = SimpleNamespace(
+        model_config=SimpleNamespace() if draft else model_config,
         additional_config={} if options is None else {KEY: options},
         load_config=SimpleNamespace(device=None),
         device_config=SimpleNamespace(device="cpu"),
         parallel_config=SimpleNamespace(local_world_size=1),
     )
-    return loader.load_model(config, SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
+    return loader.load_model(config, model_config)
 
 
 def test_without_the_plugin():
@@ -97,3 +99,16 @@ def test_no_layer_to_offload():
     assert "layers = 3: " in message
     assert "Qwen3MoeForCausalLM" in message
     assert "Choose other layers" in message
+
+
+def test_draft_model_without_experts_is_left_alone():
+    loader = make_loader(num_layers=0)
+    assert load(loader, {}, draft=True) == "model"
+    assert loader.built_with.budget is None
+    assert not loader.built_with._layers
+
+
+def test_draft_model_with_experts_has_an_engine_of_its_own():
+    loader = make_loader()
+    load(loader, {}, draft=True)
+    assert loader.engine._layers

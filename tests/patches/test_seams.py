@@ -9,6 +9,7 @@ import torch
 from vllm_moe_offload import layer as offload_layer
 from vllm_moe_offload import patches
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.layer import building
 from vllm_moe_offload.patches import moe_runner, routed_experts, when_imported
 from vllm_moe_offload.patches.wrapping import PatchError
@@ -141,3 +142,25 @@ def test_offloaded_layers_run_as_one_operator(shared):
     with building(engine()):
         chosen = MoERunner()._select_forward()
     assert chosen is (operators.moe_forward if shared is None else operators.moe_forward_shared)
+
+
+def test_loader_that_builds_by_itself_is_refused(monkeypatch):
+    import vllm.config
+
+    config = SimpleNamespace(
+        additional_config={"moe_offload": {}}, load_config=SimpleNamespace(load_format="tensorizer")
+    )
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
+
+    class RoutedExperts:
+        def _get_quant_method(self, prefix, quant_config, moe_config):
+            return "stock"
+
+    routed_experts.apply(SimpleNamespace(RoutedExperts=RoutedExperts))
+    with pytest.raises(OffloadError) as error:
+        RoutedExperts()._get_quant_method("model.layers.0.mlp.experts", None, None)
+    message = str(error.value)
+    assert "--load-format = tensorizer" in message
+    assert "--load-format auto" in message
+    config.additional_config = {}
+    assert RoutedExperts()._get_quant_method("model.layers.0.mlp.experts", None, None) == "stock"
