@@ -23,14 +23,15 @@ def replace(
     missing_E, num_missing, free_S, expert_S, stamp_S, now,
     slot_of_E, expert_of_S, stamp_of_S,
     load_expert, load_slot, stream_expert,
-    S2: tl.constexpr,
+    E2: tl.constexpr, S2: tl.constexpr,
 ):  # fmt: skip
     """Give the missing experts the free slots, oldest first; return how many got one."""
-    expert, slot = tl.arange(0, missing_E.shape[0]), tl.arange(0, S2)
+    expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
-    # One key orders by stamp, then slot: S2 is a power of two, so the slot is its lowest bits,
-    # below a stamp of -1 too. 53 bits are left for the stamp.
-    key_S = tl.where(free_S, stamp_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
+    # One key orders by stamp, then expert, then slot: the factors are powers of two, so the slot
+    # is its lowest bits, below a stamp of -1 too. 42 bits are left for the stamp.
+    age_S = stamp_S * (2 * E2) + (expert_S + 1)
+    key_S = tl.where(free_S, age_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
     victims = (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
 
     rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
@@ -88,7 +89,7 @@ def resolve_kernel(
             free_S = expert_S < 0
         num_loads = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
-            slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert, S2,
+            slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert, E2, S2,
         )  # fmt: skip
     num_streams = num_missing - num_loads
     tl.store(num_loads_ptr, num_loads)

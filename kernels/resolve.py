@@ -118,8 +118,8 @@ def resolve_torch(
 
     Least recently used replacement. A resident active expert is a hit and its slot is stamped
     with the clock. Missing experts, in ascending order, take the slots that this step does not
-    read, oldest stamp first and lower slot first among equals; empty slots are the oldest of
-    all. Those left over are listed as streams. With ``evict`` false only empty slots are given
+    read, oldest stamp first and the lower expert first among equals, so that who stays does not
+    depend on where it sits; empty slots are the oldest of all. Those left over are listed as streams. With ``evict`` false only empty slots are given
     away, so that a sweep over many tokens leaves the residents alone.
 
     Args:
@@ -155,7 +155,8 @@ def resolve_torch(
 
 def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
     """Slots that may be overwritten in this step, best victim first."""
-    by_age = torch.argsort(tables.stamp_S, stable=True)
+    by_expert = torch.argsort(tables.expert_of_S, stable=True)
+    by_age = by_expert[torch.argsort(tables.stamp_S[by_expert], stable=True)]
     free = tables.stamp_S < tables.clock if evict else tables.expert_of_S == NOWHERE
     return by_age[free[by_age]]
 

@@ -31,7 +31,7 @@ class LruModel:
         for expert in hits:
             self.last_read[self.slot_of(expert)] = self.now
         victims = sorted(
-            (last, slot)
+            (last, -1 if self.expert_in[slot] is None else self.expert_in[slot], slot)
             for slot, last in self.last_read.items()
             if self.expert_in[slot] is None or (evict and last < self.now)
         )
@@ -40,7 +40,7 @@ class LruModel:
             if expert in hits:
                 continue
             if victims:
-                _, slot = victims.pop(0)
+                *_, slot = victims.pop(0)
                 self.expert_in[slot], self.last_read[slot] = expert, self.now
                 loads.append((expert, slot))
             else:
