@@ -119,8 +119,9 @@ def resolve_torch(
     Least recently used replacement. A resident active expert is a hit and its slot is stamped
     with the clock. Missing experts, in ascending order, take the slots that this step does not
     read, oldest stamp first and the lower expert first among equals, so that who stays does not
-    depend on where it sits; empty slots are the oldest of all. Those left over are listed as streams. With ``evict`` false only empty slots are given
-    away, so that a sweep over many tokens leaves the residents alone.
+    depend on where it sits; empty slots are the oldest of all. Those left over are listed as
+    streams. With ``evict`` false only empty slots are given away, so that a sweep over many
+    tokens leaves the residents alone.
 
     Args:
         ids_TK: routed local expert ids, any integer type; negative ids are inactive and cost

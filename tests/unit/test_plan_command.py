@@ -1,0 +1,157 @@
+"""The command as users see it: tables, JSON, errors, and options that exist."""
+
+import ast
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vllm_moe_offload import cli
+from vllm_moe_offload.checkpoints import make_checkpoint
+from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.plan.planner import GPU_UTILISATION
+
+KEYS = {
+    "dense_bytes", "expert_bytes", "bytes_per_expert", "moe_layers", "experts_per_layer", "top_k",
+    "kv_bytes_per_token", "slots_per_layer", "fits", "bounds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("moe"), "qwen3_moe", num_experts=16)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("dense"), "dense")
+
+
+def plan(capsys, *arguments: object) -> str:
+    assert cli.main(["plan", *map(str, arguments)]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    return output.out
+
+
+def plan_json(capsys, *arguments: object) -> dict:
+    return json.loads(plan(capsys, *arguments, "--json"))
+
+
+def test_json_has_the_promised_keys(capsys, moe):
+    answer = plan_json(capsys, moe)
+    assert answer.keys() >= KEYS
+    assert answer["fits"] is True
+    assert (answer["moe_layers"], answer["experts_per_layer"], answer["top_k"]) == (4, 16, 2)
+    assert answer["bytes_per_expert"] == 3 * 64 * 128 * 4
+    assert answer["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 2
+    assert answer["slots_per_layer"] == 16
+    assert answer["bounds"]["decode_tokens_per_s"].keys() == {"0", "0.5", "0.75", "0.9"}
+    assert answer["changes"] == []
+
+
+def test_memory_adds_up(capsys, moe):
+    for part in ("gpu", "host"):
+        memory = plan_json(capsys, moe)[part]
+        needed, _ = memory.pop("needed_bytes"), memory.pop("usable_bytes")
+        assert sum(memory.values()) == needed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [((), 25e9), (("--pcie", "gen5"), 52e9), (("--pcie-gb-s", "13.5"), 13.5e9)],
+)
+def test_rate_of_pcie(capsys, moe, arguments, rate):
+    assert plan_json(capsys, moe, *arguments)["bounds"]["pcie_bytes_per_s"] == rate
+
+
+def test_default_length_is_what_the_model_allows(capsys, moe):
+    assert plan_json(capsys, moe)["max_model_len"] == 4096
+
+
+def test_dense_model(capsys, dense):
+    answer = plan_json(capsys, dense)
+    assert answer.keys() >= KEYS
+    assert answer["fits"] is True
+    zero = [key for key in KEYS if answer[key] == 0 and answer[key] is not False]
+    assert sorted(zero) == sorted(KEYS - {"dense_bytes", "kv_bytes_per_token", "fits", "bounds"})
+    assert answer["bounds"] == {}
+    text = plan(capsys, dense)
+    assert "it has no routed experts" in text
+    assert "plugin moe-offload" not in text
+
+
+def test_tables(capsys, moe):
+    text = plan(capsys, moe)
+    assert "4 MoE layers of 16 experts, 2 a token" in text
+    assert "16 of 16 experts a layer" in text
+    assert "Fits. Serve it with\nvllm serve " in text
+    assert max(len(line) for line in text.splitlines() if "vllm serve" not in line) < 110
+
+
+def test_not_fitting_is_an_answer(capsys, moe):
+    arguments = (moe, "--gpu-gb", "1.6", "--host-gb", "2", "--concurrency", "40")
+    answer = plan_json(capsys, *arguments)
+    assert (answer["fits"], answer["serve"]) == (False, None)
+    assert answer["changes"]
+    assert all(change["serve"].startswith("vllm serve ") for change in answer["changes"])
+    text = plan(capsys, *arguments)
+    assert "Does not fit: it lacks" in text
+    assert answer["changes"][0]["change"] in text
+
+
+def test_command_line_has_real_options(capsys, moe):
+    """Those of the plugin by its options class, those of vLLM by its source, unimported."""
+    arguments = (moe, "--concurrency", "1", "--dtype", "half")
+    large = plan_json(capsys, *arguments)
+    others = large["gpu"]["needed_bytes"] - large["gpu"]["slot_bytes"]
+    gpu_gb = (others + 50 * large["row_bytes"]) / GPU_UTILISATION / GIB
+    answer = plan_json(capsys, *arguments, "--gpu-gb", gpu_gb)
+    assert answer["slots_per_layer"] == 4  # of the 50 rows, staging takes twice 16
+    words = shlex.split(answer["serve"])
+    assert words[:5] == ["vllm", "serve", str(moe), "--plugin", "moe-offload"]
+    options = {word.removeprefix("--").replace("-", "_") for word in words[5::2]}
+    assert all(word.startswith("--") for word in words[5::2])
+    own = {name for name in options if name.startswith("moe_offload_")}
+    assert {name.removeprefix("moe_offload_") for name in own} <= set(MoeOffloadConfig.model_fields)
+    assert own == {"moe_offload_gpu_gb"}
+    assert options - own == {"max_model_len", "max_num_seqs", "dtype"}
+    assert options - own <= vllm_options()
+
+
+def vllm_options() -> set[str]:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None:
+        pytest.skip("vLLM is not installed")
+    tree = ast.parse((Path(vllm.origin).parent / "engine" / "arg_utils.py").read_text())
+    arguments = next(n for n in ast.walk(tree) if getattr(n, "name", None) == "EngineArgs")
+    return {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_error_has_its_remedy(capsys, tmp_path):
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "it has no config.json" in output.err
+    assert len(output.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--gpu-gb", "0"),
+        ("--gpu-gb", "inf"),
+        ("--host-gb", "much"),
+        ("--concurrency", "0"),
+        ("--max-model-len", "1.5"),
+        ("--dtype", "int3"),
+        ("--pcie", "gen5", "--pcie-gb-s", "50"),
+    ],
+)
+def test_bad_arguments(capsys, moe, arguments):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["plan", str(moe), *arguments])
+    assert status.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""Predictors of the experts of coming layers, and how good their guesses are.
+
+Legend: T tokens of a step, L layers, K choices a token, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.simulate.cache import Bools, Floats
+from vllm_moe_offload.simulate.collection import CAPACITY, Collection, SequenceCounts
+from vllm_moe_offload.simulate.steps import Step, iterate, schedule
+from vllm_moe_offload.trace import Trace
+
+NONE = "none"
+
+
+class Predictor(Protocol):
+    """Guesses a layer's experts from what the layer before it, and older layers, were routed."""
+
+    def predict(self, step: Step) -> Floats:
+        """Expected demand [T, L, E]; layer l is told from layers below l; zero is no guess."""
+        ...
+
+    def learn(self, step: Step) -> None:
+        """Take note of a whole step, after its predictions."""
+        ...
+
+
+class MarkovPredictor:
+    """Transition counts from layer to layer, as naive Bayes.
+
+    The K experts of layer l are taken as independent evidence for each expert f of layer l + 1:
+
+        log P(f) + sum over the K experts e of log (P(f | e) / P(f))
+
+    Both probabilities come from counts; the prior also from the recent past, which is what
+    makes counts from one task useful on another.
+    """
+
+    SMOOTHING = 20.0
+    """Uses of an expert after which its own transitions weigh as much as the prior."""
+
+    LIFETIME_WEIGHT = 0.3
+    RECENT_WEIGHT = 1.5
+    """Weights of the logarithms of the two priors."""
+
+    RECENT_FADE = 0.9
+    RECENT_FLOOR = 0.02
+    REFRESH = 64
+    """Steps after which counts reach the table that predictions are read from."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._count_LEE = np.zeros((num_layers - 1, num_experts, num_experts), dtype=np.float32)
+        self._use_LE = np.zeros((num_layers, num_experts))
+        self._recent_LE = np.zeros((num_layers, num_experts))
+        self._tokens = 0
+        self._stale = 0
+        self._layers = np.arange(num_layers)
+        self._refresh()
+
+    def predict(self, step: Step) -> Floats:
+        """Normalise the evidence to K expected experts a layer."""
+        num_tokens, num_layers, top_k = step.ids_TLK.shape
+        demand = np.zeros((num_tokens, num_layers, self._use_LE.shape[1]))
+        if not self._tokens or num_layers == 1:
+            return demand
+        before_TLK = step.ids_TLK[:, :-1]
+        evidence = self._evidence_LEE[self._layers[:-1, None], before_TLK].sum(2)
+        recent = self.RECENT_WEIGHT * np.log(self._recent_LE[1:] + self.RECENT_FLOOR)
+        logit = evidence + self._prior_LE + recent
+        likelihood = np.exp(logit - logit.max(-1, keepdims=True))
+        demand[:, 1:] = top_k * likelihood / likelihood.sum(-1, keepdims=True)
+        return demand
+
+    def learn(self, step: Step) -> None:
+        """Count transitions and uses."""
+        layers = self._layers[:, None]
+        for ids_LK in step.ids_TLK:
+            pair = (layers[:-1, :, None], ids_LK[:-1, :, None], ids_LK[1:, None, :])
+            self._count_LEE[pair] += 1
+            self._use_LE[layers, ids_LK] += 1
+        self._tokens += len(step.ids_TLK)
+        self._recent_LE *= self.RECENT_FADE
+        self._recent_LE += (1 - self.RECENT_FADE) * step.active_LE
+        self._stale += 1
+        if self._stale >= self.REFRESH or self._tokens < self.REFRESH:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._stale = 0
+        prior_LE = np.maximum(self._use_LE[1:] / max(1, self._tokens), 1e-4)
+        joint = self._count_LEE + self.SMOOTHING * prior_LE[:, None, :]
+        given = joint / (self._use_LE[:-1, :, None] + self.SMOOTHING)
+        self._evidence_LEE = np.log(given / prior_LE[:, None, :]).astype(np.float32)
+        self._prior_LE = self.LIFETIME_WEIGHT * np.log(prior_LE)
+
+
+class EamPredictor:
+    """MoE-Infinity's prediction (arXiv 2401.14361v3, PredictEAM) for the next layer.
+
+    A token's activations up to layer l are matched by cosine with the matrices of a bounded
+    collection; the guess for layer l + 1 is the share of each expert there. A matrix holds one
+    sequence, but ``window`` tokens at most, so that long sequences do not blur.
+    """
+
+    WINDOW = 64
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        capacity: int = CAPACITY,
+        window: int | None = WINDOW,
+    ) -> None:
+        self._collection = Collection(num_layers, num_experts, capacity)
+        self._running = SequenceCounts(num_layers, num_experts, window)
+        self._num_experts = num_experts
+
+    def predict(self, step: Step) -> Floats:
+        """Shares of the matched matrix, times K."""
+        num_tokens, num_layers, top_k = step.ids_TLK.shape
+        demand = np.zeros((num_tokens, num_layers, self._num_experts))
+        if self._collection.size:
+            best_TL = self._collection.match(step.ids_TLK)
+            demand[:, 1:] = top_k * self._collection.rows(best_TL[:, :-1], 1)
+        return demand
+
+    def learn(self, step: Step) -> None:
+        """Count the tokens, and store the matrices that are complete."""
+        for sequence, ids_LK in zip(step.sequence_T.tolist(), step.ids_TLK, strict=True):
+            self._store(self._running.count(sequence, ids_LK))
+        for sequence in step.ended:
+            self._store(self._running.finish(sequence))
+
+    def _store(self, matrix_LE: Floats | None) -> None:
+        if matrix_LE is not None:
+            self._collection.add(matrix_LE)
+
+
+_FACTORIES: dict[str, Callable[[int, int], Predictor]] = {
+    "markov": MarkovPredictor,
+    "eam": EamPredictor,
+}
+
+PREDICTORS = (NONE, *_FACTORIES)
+
+
+def check_predictor(name: str) -> None:
+    """Raise unless there is such a predictor and a trace is enough for it."""
+    if name == "gate":
+        raise OffloadError(
+            "--predictor",
+            name,
+            "it applies the next layer's router to hidden states, which traces do not hold",
+            f"Measure it in the running engine; give {', '.join(PREDICTORS)} here",
+        )
+    if name not in PREDICTORS:
+        raise OffloadError(
+            "--predictor", name, "there is no such predictor", f"Give {', '.join(PREDICTORS)}"
+        )
+
+
+def make_predictor(name: str, trace: Trace, training: list[Trace]) -> Predictor | None:
+    """Make a predictor that has seen some traces; None if the name is ``none``.
+
+    Raises:
+        OffloadError: there is no such predictor.
+    """
+    check_predictor(name)
+    if name == NONE:
+        return None
+    predictor = _FACTORIES[name](trace.num_layers, trace.num_experts)
+    for other in training:
+        for step in iterate(other, schedule(other, batch=1)):
+            predictor.learn(step)
+    return predictor
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How good the guesses for all layers but the first are.
+
+    Coverage is the share of the routed experts that was guessed, with K and with 2 K guesses;
+    precision the share of the K guesses that was routed; ``wasted`` the number of guesses
+    among the K that were not, a token.
+    """
+
+    coverage_k: float
+    coverage_2k: float
+    precision: float
+    wasted: float
+
+
+def accuracy(predictor: Predictor, trace: Trace) -> Accuracy:
+    """Let a predictor guess every token, and learn it afterwards."""
+    top_k = trace.top_k
+    routed = found = found_2k = guessed = 0
+    for step in iterate(trace, schedule(trace, batch=1)):
+        demand_LE = predictor.predict(step).sum(0)
+        guess = best_guesses(demand_LE, top_k)
+        guessed += int(guess.sum())
+        found += int((guess & step.active_LE).sum())
+        found_2k += int((best_guesses(demand_LE, 2 * top_k) & step.active_LE).sum())
+        routed += int(step.active_LE[1:].sum())
+        predictor.learn(step)
+    return Accuracy(
+        coverage_k=found / max(1, routed),
+        coverage_2k=found_2k / max(1, routed),
+        precision=found / max(1, guessed),
+        wasted=(guessed - found) / max(1, trace.num_tokens),
+    )
+
+
+def best_guesses(demand_LE: Floats, count: int) -> Bools:
+    """Mark the experts of the highest demand in each layer, none without demand."""
+    count = min(count, demand_LE.shape[1])
+    order = np.argsort(-demand_LE, axis=-1, kind="stable")[:, :count]
+    guess = np.zeros(demand_LE.shape, dtype=bool)
+    np.put_along_axis(guess, order, True, axis=-1)
+    return guess & (demand_LE > 0)

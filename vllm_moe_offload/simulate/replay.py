@@ -1,0 +1,129 @@
+"""Replay of a trace against caches of several sizes.
+
+Legend: C cache sizes, T tokens of a step, L layers, K choices a token, E experts.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.simulate.cache import Bools, Ints, admit
+from vllm_moe_offload.simulate.policies import make_policy
+from vllm_moe_offload.simulate.predictors import Predictor, best_guesses
+from vllm_moe_offload.simulate.steps import Step, iterate, schedule
+from vllm_moe_offload.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What was counted, for each cache size.
+
+    An access is one choice of one token in one layer; a load is an expert that a step reads,
+    once for all tokens of the step.
+    """
+
+    tokens: int
+    accesses: int
+    hits_C: Ints
+    loads: int
+    load_hits_C: Ints
+    fetched_C: Ints
+    wasted_C: Ints
+    seconds: float
+
+    def hit_ratio(self, size: int) -> float:
+        """Hits by accesses."""
+        return int(self.hits_C[size]) / max(1, self.accesses)
+
+    def load_hit_ratio(self, size: int) -> float:
+        """Resident experts by the experts that the steps read."""
+        return int(self.load_hits_C[size]) / max(1, self.loads)
+
+    def moved(self, size: int) -> int:
+        """Experts that crossed the bus, prefetched ones included."""
+        return self.loads - int(self.load_hits_C[size]) + int(self.fetched_C[size])
+
+
+def slots_of(trace: Trace, cache: float) -> int:
+    """Slots of a layer for a share of its experts.
+
+    Raises:
+        OffloadError: the share is not between 0 and 1.
+    """
+    if not 0 <= cache <= 1:
+        raise OffloadError("--cache", cache, "it is no share", "Give numbers from 0 to 1")
+    # A share such as 0.29 of 100 experts must not lose an expert to binary rounding.
+    return math.floor(cache * trace.num_experts + 1e-6)
+
+
+def replay(
+    trace: Trace,
+    policy: str,
+    caches: Sequence[float],
+    *,
+    batch: int = 1,
+    predictor: Predictor | None = None,
+    prefetch: int = 0,
+) -> Replay:
+    """Replay a trace; each layer has its own slots, and nothing is resident at the start.
+
+    Args:
+        trace: what to replay.
+        policy: name of the eviction policy.
+        caches: shares of a layer's experts that have a slot.
+        batch: sequences that run at once.
+        predictor: guesses each layer's experts before the layer is reached.
+        prefetch: experts that may be prefetched a layer and step.
+    """
+    steps = schedule(trace, batch)
+    slots_C = np.array([slots_of(trace, cache) for cache in caches], dtype=np.int64)
+    ranking = make_policy(policy, trace, steps, slots_C)
+    counts = _Counts(len(slots_C))
+    shape = (len(slots_C), trace.num_layers, trace.num_experts)
+    resident, score = np.zeros(shape, dtype=bool), np.zeros(shape[1:])
+    start = time.perf_counter()
+    for step in iterate(trace, steps):
+        fetched = resident
+        if predictor is not None:
+            if prefetch:
+                guess = best_guesses(predictor.predict(step).sum(0), prefetch)
+                fetched = admit(resident, guess, score, slots_C)
+                counts.add_prefetch(fetched & ~resident, step)
+            predictor.learn(step)
+        counts.add(step, fetched)
+        score = ranking.rank(step, resident)
+        resident = admit(fetched, step.active_LE, score, slots_C, bypass=ranking.bypass)
+    return counts.result(trace, time.perf_counter() - start)
+
+
+class _Counts:
+    def __init__(self, sizes: int) -> None:
+        self._hits, self._load_hits, self._fetched, self._wasted = np.zeros((4, sizes), np.int64)
+        self._loads = 0
+
+    def add_prefetch(self, fetched_CLE: Bools, step: Step) -> None:
+        self._fetched += fetched_CLE.sum((1, 2))
+        self._wasted += (fetched_CLE & ~step.active_LE).sum((1, 2))
+
+    def add(self, step: Step, resident_CLE: Bools) -> None:
+        layers = np.arange(resident_CLE.shape[1])[:, None]
+        read = resident_CLE[:, layers, step.ids_TLK]
+        self._hits += np.count_nonzero(read, axis=(1, 2, 3))
+        self._loads += int(np.count_nonzero(step.active_LE))
+        self._load_hits += np.count_nonzero(resident_CLE & step.active_LE, axis=(1, 2))
+
+    def result(self, trace: Trace, seconds: float) -> Replay:
+        return Replay(
+            tokens=trace.num_tokens,
+            accesses=trace.expert_ids.size,
+            hits_C=self._hits,
+            loads=self._loads,
+            load_hits_C=self._load_hits,
+            fetched_C=self._fetched,
+            wasted_C=self._wasted,
+            seconds=seconds,
+        )
