@@ -3,7 +3,7 @@
 Legend: T tokens, K choices a token, E local experts, S slots, R rows of one staging block.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -100,10 +100,6 @@ class WorkList:
             num_streams=int32(1),
             counters=torch.zeros(len(Counter), dtype=torch.int64, device=device),
         )
-
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor of the list."""
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 def resolve_torch(

@@ -93,7 +93,7 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     for name, field in MoeOffloadConfig.model_fields.items():
         is_flag = field.annotation is bool
         group.add_argument(
-            f"--moe-offload-{name.replace('_', '-')}",
+            _flag(name),
             action=_SetOption,
             option=name,
             nargs=0 if is_flag else None,
@@ -105,9 +105,13 @@ def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     return parser
 
 
+def _flag(option: str) -> str:
+    return f"--moe-offload-{option.replace('_', '-')}"
+
+
 def _refuse_unknown(parser: Any, arguments: Sequence[str]) -> None:
     """Refuse a misspelt option with the nearest one; argparse would only call it unrecognised."""
-    known = [f"--moe-offload-{name.replace('_', '-')}" for name in MoeOffloadConfig.model_fields]
+    known = [_flag(name) for name in MoeOffloadConfig.model_fields]
     for argument in arguments:
         option = argument.split("=")[0].replace("_", "-")
         if not option.startswith("--moe-offload-") or any(k.startswith(option) for k in known):

@@ -48,6 +48,12 @@ class Budget:
         return self.slot_bytes + 2 * self.staging_block_bytes
 
 
+def slots_for_share(share: float, num_experts: int) -> int:
+    """Slots of a layer that hold this share of its experts, rounded down."""
+    # A share such as 0.29 of 100 experts must not lose an expert to binary rounding.
+    return math.floor(share * num_experts + 1e-6)
+
+
 def plan_budget(layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> Budget:
     """Split the memory that the options give among the layers.
 
@@ -109,8 +115,7 @@ def check_budget(
 def _num_slots(layer: LayerDemand, layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> int:
     if config.gpu_gb == "auto":
         share = AUTO_SHARE if config.cache_fraction is None else config.cache_fraction
-        # A share such as 0.29 of 100 experts must not lose an expert to binary rounding.
-        return math.floor(share * layer.num_experts + 1e-6)
+        return slots_for_share(share, layer.num_experts)
     increment = sum(each.row_bytes for each in layers)
     return min(layer.num_experts, int(config.gpu_gb * GIB) // increment)
 

@@ -3,13 +3,13 @@
 Legend: C cache sizes, T tokens of a step, L layers, K choices a token, E experts.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_moe_offload.budget import slots_for_share
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.simulate.cache import Bools, Ints, admit
 from vllm_moe_offload.simulate.policies import make_policy
@@ -56,8 +56,7 @@ def slots_of(trace: Trace, cache: float) -> int:
     """
     if not 0 <= cache <= 1:
         raise OffloadError("--cache", cache, "it is no share", "Give numbers from 0 to 1")
-    # A share such as 0.29 of 100 experts must not lose an expert to binary rounding.
-    return math.floor(cache * trace.num_experts + 1e-6)
+    return slots_for_share(cache, trace.num_experts)
 
 
 def replay(
