@@ -1,71 +1,60 @@
-"""One vLLM engine in a process of its own, timed step by step. Called by ``run.py``.
+"""One vLLM engine in a process of its own, timed step by step. Called by ``jobs.py``.
 
-Routing is uniform over the first ``limit`` experts, drawn inside the step on the device, so that
-it changes with every replay of a CUDA graph.
+Reads a job as one line of JSON from the standard input, after vLLM has been imported, and writes
+its rows to a file that grows with each measurement.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
+import routing
 from shapes import SHAPES, Shape
 
-STRATEGY = "uniform-over-some"
+PROMPT_TOKENS = 4
+"""Length of the prompts that only start a decode."""
+
+SETTLE_STEPS = 30
+"""Decode steps after which the residents are the experts that routing was confined to."""
 
 
-def register_routing() -> Any:
-    """Register the routing strategy; returns it, for its limit to be set."""
-    import torch
-    from vllm.model_executor.layers.fused_moe.router import routing_simulator_router as simulator
+def fill_dummies_quickly() -> list[Any]:
+    """Give all experts of all layers of a size the same dummy weights.
 
-    class UniformOverSome(simulator.RoutingStrategy):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.limit: torch.Tensor | None = None
+    Drawing them on the host would take minutes, copying takes seconds.
 
-        @torch.inference_mode()
-        def confine(self, limit: int) -> None:
-            assert self.limit is not None, "nothing has been routed yet"
-            self.limit.fill_(limit)
-
-        def route_tokens(
-            self, hidden_states: Any, router_logits: Any, top_k: int, indices_type: Any = None
-        ) -> tuple[Any, Any]:
-            tokens, experts = router_logits.shape
-            device = router_logits.device
-            if self.limit is None:
-                self.limit = torch.tensor(experts, device=device)
-            scores = torch.rand(tokens, experts, device=device)
-            excluded = torch.arange(experts, device=device) >= self.limit
-            ids = scores.masked_fill(excluded, -1.0).topk(top_k, dim=-1).indices
-            weights = torch.full((tokens, top_k), 1 / top_k, device=device)
-            return weights, ids.to(indices_type or torch.int32)
-
-    strategy = UniformOverSome()
-    simulator.RoutingSimulator.register_strategy(STRATEGY, strategy)
-    return strategy
-
-
-def fill_dummies_quickly() -> None:
-    """Give all experts of a layer the same dummy weights: drawing them on the host takes long."""
+    Returns:
+        What was filled; empty if vLLM draws its dummy weights elsewhere by now.
+    """
     from vllm.model_executor.model_loader import dummy_loader
 
     original = dummy_loader.initialize_single_dummy_weight
+    drawn: dict[Any, Any] = {}
+    filled: list[Any] = []
 
     def initialize(parameter: Any, *args: Any, **kwargs: Any) -> None:
-        if parameter.device.type == "cpu" and parameter.ndim == 3:
-            original(parameter[:1], *args, **kwargs)
-            parameter.data[1:].copy_(parameter.data[:1].expand_as(parameter.data[1:]))
-        else:
+        if parameter.device.type != "cpu" or parameter.ndim != 3:
             original(parameter, *args, **kwargs)
+            return
+        filled.append(parameter)
+        key = (parameter.shape[1:], parameter.dtype)
+        if key not in drawn:
+            drawn[key] = parameter.data.new_empty(1, *parameter.shape[1:])
+            original(drawn[key], *args, **kwargs)
+        parameter.data.copy_(drawn[key].expand_as(parameter))
 
     dummy_loader.initialize_single_dummy_weight = initialize
+    return filled
 
 
 class Server:
@@ -74,68 +63,102 @@ class Server:
     def __init__(self, folder: Path, shape: Shape, job: dict[str, Any]) -> None:
         from vllm import LLM
 
+        settings = dict(job["settings"])
+        if names := settings.get("cpu_offload_params"):
+            settings["cpu_offload_params"] = set(names)  # JSON has none
         self._shape = shape
+        self._offloaded = "plugin" in settings
         self.llm = LLM(
-            str(folder),
+            str(shape.write(folder)),
             load_format="dummy",
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            max_model_len=job["max_model_len"],
-            max_num_batched_tokens=job["chunk"],
-            max_num_seqs=max(job["batches"]),
-            **job["settings"],
+            **settings,
         )
+        self._engine = self.llm.llm_engine
         self._requests = 0
 
-    def _add(self, prompt: list[int], max_tokens: int) -> None:
+    def decode(self, batch: int, steps: int, warm_up: int = 8) -> dict[str, Any]:
+        """Mean time of a decode step and the bytes that it moved."""
+        self.start_decode(batch, steps + warm_up)
+        for _ in range(warm_up):
+            self._engine.step()
+        self.synchronize()
+        before = self.stats()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._engine.step()
+        # With asynchronous scheduling a step is in flight here, as one was at the start.
+        self.synchronize()
+        seconds = (time.perf_counter() - start) / steps
+        row = {"case": "decode", "batch": batch, "seconds": seconds}
+        row |= _moved(before, self.stats(), steps)
+        self.finish()
+        return row
+
+    def prefill(self, tokens: int, repeats: int, warm_up: int = 1) -> dict[str, Any]:
+        """Median time to the first token of one long prompt and the bytes that it moved."""
+        times = []
+        before = self.stats()
+        for repeat in range(warm_up + repeats):
+            if repeat == warm_up:
+                before = self.stats()
+            self.add(self._prompt(tokens), 1)
+            self.synchronize()
+            start = time.perf_counter()
+            self.finish()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[warm_up:])
+        row = {"case": "prefill", "tokens": tokens, "seconds": seconds}
+        return row | _moved(before, self.stats(), repeats)
+
+    def start_decode(self, batch: int, steps: int) -> None:
+        """Add requests that outlast so many steps, the prefill among them."""
+        for _ in range(batch):
+            self.add(self._prompt(PROMPT_TOKENS), steps + 2)
+
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        """Add a request that generates exactly so many tokens."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False
         )
         self._requests += 1
-        self.llm.llm_engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, sampling)
+        self._engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, sampling)
 
-    def _finish(self) -> None:
-        while self.llm.llm_engine.has_unfinished_requests():
-            self.llm.llm_engine.step()
+    def step(self) -> None:
+        """Take one step."""
+        self._engine.step()
 
-    def _prompt(self, length: int) -> list[int]:
-        return [(7 * i + 3 * self._requests) % (self._shape.vocabulary - 8) for i in range(length)]
+    def finish(self) -> None:
+        """Run until no request is left."""
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
 
-    def _stats(self) -> dict[str, int] | None:
+    def stats(self) -> dict[str, int] | None:
+        """What the plugin counts, None without it."""
+        if not self._offloaded:
+            return None
         (stats,) = self.llm.collective_rpc("moe_offload_stats")
         return stats
 
-    def decode(self, batch: int, steps: int, offloaded: bool) -> dict[str, Any]:
-        """Mean time of a decode step and the bytes that it moved."""
-        warm_up = 8
-        for _ in range(batch):
-            self._add(self._prompt(4), steps + warm_up + 8)
-        for _ in range(warm_up):
-            self.llm.llm_engine.step()
-        before = self._stats() if offloaded else None
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.llm.llm_engine.step()
-        seconds = (time.perf_counter() - start) / steps
-        row = {"case": "decode", "batch": batch, "seconds": seconds}
-        row |= _moved(before, self._stats() if offloaded else None, steps)
-        self._finish()
-        return row
+    def offload_engine(self) -> Any:
+        """The plugin's engine, which is in this process."""
+        core = self._engine.engine_core.engine_core
+        (engine,) = core.model_executor.driver_worker.worker.moe_offload_engines
+        return engine
 
-    def prefill(self, tokens: int, repeats: int, offloaded: bool) -> dict[str, Any]:
-        """Median time to the first token of one long prompt and the bytes that it moved."""
-        times = []
-        for repeat in range(repeats + 1):
-            if repeat == 1:
-                before = self._stats() if offloaded else None
-            self._add(self._prompt(tokens), 1)
-            start = time.perf_counter()
-            self._finish()
-            times.append(time.perf_counter() - start)
-        row = {"case": "prefill", "tokens": tokens, "seconds": statistics.median(times[1:])}
-        return row | _moved(before, self._stats() if offloaded else None, repeats)
+    @staticmethod
+    def synchronize() -> None:
+        """Wait for the device."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _prompt(self, length: int) -> list[int]:
+        return [(7 * i + 3 * self._requests) % (self._shape.vocabulary - 8) for i in range(length)]
 
 
 def _moved(before: Any, after: Any, steps: int) -> dict[str, float]:
@@ -148,35 +171,88 @@ def _moved(before: Any, after: Any, steps: int) -> dict[str, float]:
     }
 
 
-def run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the cases of one configuration."""
-    strategy = register_routing()
-    fill_dummies_quickly()
-    shape = SHAPES[job["shape"]]
-    server = Server(shape.write(Path(job["folder"])), shape, job)
-    offloaded = "plugin" in job["settings"]
-    rows = [server.prefill(tokens, job["repeats"], offloaded) for tokens in job["prefills"]]
-    for batch in job["batches"]:
-        rows.append(server.decode(batch, job["steps"], offloaded))
-    if confined := job.get("confined"):
-        strategy.confine(confined)
-        server.decode(max(job["batches"]), 30, offloaded)  # until the residents are those
-        for batch in (1, 8):
-            rows.append({**server.decode(batch, job["steps"], offloaded), "confined": confined})
-    for row in rows:
-        print(json.dumps({"configuration": job["name"], **row}), flush=True)
-    return rows
+Note = Callable[[dict[str, Any]], None]
+"""Takes a finished row."""
+
+
+def time_server(job: dict[str, Any], folder: Path, note: Note) -> None:
+    """Time decode steps and prompts under uniform routing."""
+    strategy = routing.UniformOverSome()
+    routing.register(strategy)
+    filled = fill_dummies_quickly()
+    start = time.perf_counter()
+    server = Server(folder, SHAPES[job["shape"]], job)
+    assert filled or job["server"] != "plugin", "dummy weights were drawn slowly"
+    note({"case": "start", "seconds": time.perf_counter() - start})
+    # Fills the slots that are empty, so that 100 % in slots means just that from here on.
+    server.prefill(job["settings"]["max_num_batched_tokens"], repeats=1, warm_up=0)
+    confined = None
+    for plan in sorted(job["measurements"], key=lambda plan: plan.get("confined") or 0):
+        if plan.get("confined") != confined:
+            confined = plan["confined"]
+            strategy.confine(confined)
+            if job["server"] == "plugin":
+                server.decode(max(_batches(job)), SETTLE_STEPS)
+        options = {name: plan[name] for name in ("warm_up",) if name in plan}
+        if plan["case"] == "decode":
+            row = server.decode(plan["batch"], plan["steps"], **options)
+        else:
+            row = server.prefill(plan["tokens"], plan["repeats"], **options)
+        note({**row, "confined": confined} if confined else row)
+    if job["server"] == "plugin":
+        server.offload_engine().check_integrity()
+
+
+def _batches(job: dict[str, Any]) -> list[int]:
+    return [plan["batch"] for plan in job["measurements"] if plan["case"] == "decode"]
+
+
+def time_resolve(job: dict[str, Any], _folder: Path, note: Note) -> None:
+    """Time resolve and a gather that has nothing to do, all experts in slots."""
+    import layers
+
+    engine = layers.build(1, 1.0)
+    for plan in job["measurements"]:
+        seconds = layers.resolve_time(engine, plan["batch"])
+        note({"case": "resolve", "batch": plan["batch"], "seconds": seconds})
+    engine.close()
+
+
+KINDS = {"served": time_server, "resolve": time_resolve}
+
+
+def link_rate() -> float:
+    """GB/s of pinned copies beside whatever holds the GPU's memory now."""
+    import layers
+    import torch
+
+    return layers.copy_rate() / 1e9 if torch.cuda.is_available() else 10.0
 
 
 def main() -> int:
-    """Read a job, write its rows."""
+    """Import vLLM, wait for a job, write its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--job", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = STRATEGY
-    args.out.write_text(json.dumps(run(json.loads(args.job.read_text()))))
+    os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = routing.STRATEGY
+    # Slow, and nothing that is measured meanwhile in another process would notice.
+    importlib.import_module("vllm.model_executor.models.qwen3_moe")
+    importlib.import_module("vllm.entrypoints.llm")
+
+    job = json.loads(sys.stdin.readline())
+    rows: list[dict[str, Any]] = []
+    result = {"rows": rows, "copy_gb_s": None}
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        args.out.write_text(json.dumps(result))
+        print(json.dumps({"configuration": job["name"], **row}), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        KINDS[job["kind"]](job, Path(folder), note)
+    result["copy_gb_s"] = link_rate()
+    args.out.write_text(json.dumps(result))
     return 0
 
 
