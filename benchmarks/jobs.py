@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SCRIPT = str(Path(__file__).with_name("served.py"))
+SCRIPT = str(Path(__file__).with_name("timed_server.py"))
 
 LOG_TAIL = 3000
 """Characters of a failed process's log that are kept."""

@@ -28,8 +28,8 @@ def _values(values: dict[str, float | None]) -> str:
     return ", ".join(f"{name}: {_value(value)}" for name, value in values.items())
 
 
-def _value(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3f}"
+def _value(value: float | str | None) -> str:
+    return "?" if value is None else value if isinstance(value, str) else f"{value:.3f}"
 
 
 def _worst(values: dict[str, float | None]) -> str:

@@ -193,6 +193,27 @@ def _speedup(row: Row) -> float | None:
     return None if stock is None else stock / row["seconds"]
 
 
+SAME_HITS = "hits of a replayed trace"
+SAME_HITS_TARGET = "exactly those of vllm-moe-offload simulate"
+
+
+def same_hits(rows: Iterable[Row], simulated: dict[float, int]) -> dict[str, Any]:
+    """Whether the engine's hits are the simulator's.
+
+    Args:
+        rows: rows of replayed traces.
+        simulated: hits of the simulator by share in slots.
+    """
+    found = [row for row in rows if row.get("case") == "trace"]
+    outcomes = [row["hits"] == simulated[row["share"]] for row in found]
+    values = {
+        f"{row['share']:.0%}": f"{row['hits']} of {row['active']}, simulated "
+        f"{simulated[row['share']]}" for row in found
+    }  # fmt: skip
+    passed = _all(list(outcomes), len(simulated))
+    return {"case": SAME_HITS, "target": SAME_HITS_TARGET, "values": values, "passed": passed}
+
+
 def _all(outcomes: list[bool | None], needed: int) -> bool | None:
     if False in outcomes:
         return False

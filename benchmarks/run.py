@@ -5,26 +5,33 @@
 
 ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
-with the batch, the prompt and the share of experts without a slot. ``shapes``: other models. Every
+with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
+``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. Every
 configuration is a process of its own: everything resident, vLLM's ``--cpu-offload-gb``, and the
 plugin with several shares in slots. Several suites at once share their processes. The file is
 written after each process; ``--only`` measures some of them and keeps the rest.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import report
 from jobs import run_all
-from requirements import set_beside_bounds, verdicts
+from requirements import same_hits, set_beside_bounds, verdicts
 from shapes import SHAPES
-from suites import SUITES, chunk_of, united
+from suites import SUITES, TRACE_SHARES, chunk_of, trace, united
+
+DEFAULT_SHAPES = {"trace": "deepseek-v2-lite"}
 
 
 def main() -> int:
@@ -33,7 +40,7 @@ def main() -> int:
     if args.render:
         print(report.markdown(json.loads(args.render.read_text())))
         return 0
-    jobs = united([job for name in args.suite for job in SUITES[name](args.shape, args.option)])
+    jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
         return 0
@@ -43,11 +50,19 @@ def main() -> int:
     return 1 if failed or report.failures(result["processes"]) else 0
 
 
+def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Jobs of a suite, on the shape that was asked for or on the suite's own."""
+    shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
+    if suite == "trace":
+        return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
+    return SUITES[suite](shape, args.option)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=["engine"])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b-16")
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "trace"], default=["engine"])
+    parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--commit", help="revision, where the tree has no repository")
     parser.add_argument("--only", nargs="*", help="names of configurations")
@@ -61,8 +76,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options of the plugin in every configuration",
     )
+    parser.add_argument("--trace", type=Path, help="file that the suite trace replays")
+    parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
+    if "trace" in args.suite and not (args.trace or args.render):
+        parser.error("the suite trace needs --trace")
     if not (args.out or args.render or args.list):
         parser.error("--out is needed to measure")
     return args
@@ -84,7 +103,8 @@ def measure(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> dict[str, A
 
     names = {job["name"] for job in jobs}
     processes, rows = _earlier(args.out, names) if args.only else ([], [])
-    origin = {**provenance(args.commit), "shape": SHAPES[args.shape].as_dict()}
+    origin = provenance(args.commit)
+    shapes = {job["shape"]: SHAPES[job["shape"]].as_dict() for job in jobs}
     result: dict[str, Any] = {}
     start = time.monotonic()
     for done in run_all(jobs):
@@ -96,12 +116,41 @@ def measure(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> dict[str, A
         result = {
             **origin,
             "copy_gb_s": rates,
-            "targets": verdicts(judged, chunk_of(args.shape)),
+            "shapes": shapes,
+            "targets": _targets(args, judged),
             "rows": judged,
             "processes": processes,
         }
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the suites that were asked for promise."""
+    found = []
+    if "engine" in args.suite:
+        shape = args.shape or "qwen3-30b-a3b-16"
+        found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
+    if "trace" in args.suite:
+        found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
+    return found
+
+
+@functools.cache
+def simulated_hits(path: Path, tokens: int) -> dict[float, int]:
+    """Hits of the simulator on the first tokens of a trace, by share in slots."""
+    from vllm_moe_offload.simulate.replay import replay
+    from vllm_moe_offload.trace import load
+
+    whole = load(path)
+    beginning = dataclasses.replace(
+        whole,
+        expert_ids=whole.expert_ids[:tokens],
+        sequence_starts=np.minimum(whole.sequence_starts, min(tokens, whole.num_tokens)),
+        is_decode=None,
+    )
+    found = replay(beginning, "lru", TRACE_SHARES)
+    return {share: int(hits) for share, hits in zip(TRACE_SHARES, found.hits_C, strict=True)}
 
 
 def _earlier(out: Path, names: set[str]) -> tuple[list[Any], list[Any]]:

@@ -1,4 +1,4 @@
-"""What each suite measures: pure lists of jobs for ``served.py``.
+"""What each suite measures: pure lists of jobs for ``timed_server.py``.
 
 A job is one process: a server with its settings and the measurements it is asked for.
 """
@@ -13,6 +13,7 @@ ENGINE_BATCHES = (1, 8, 32, 128)
 GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GROWTH_PROMPTS = (128, 512, 2048, 8192, 32_768)
 GROWTH_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+TRACE_SHARES = (0.5, 0.25)
 
 Job = dict[str, Any]
 Plan = dict[str, Any]
@@ -77,6 +78,25 @@ def shapes(name: str, options: dict[str, Any]) -> list[Job]:
     return jobs
 
 
+def trace(name: str, options: dict[str, Any], path: str = "", tokens: int = 512) -> list[Job]:
+    """Routing of a recorded trace, a token a step; the hits must be those of the simulator.
+
+    Args:
+        name: a shape with as many layers and choices as the trace.
+        options: of the plugin.
+        path: the trace.
+        tokens: how many of its tokens are replayed.
+    """
+    plan = {"case": "trace", "trace": path, "tokens": tokens, "repeats": 2}
+    jobs = []
+    for share in TRACE_SHARES:
+        asked = {**plugin(share, name, [decode(1, tokens)], options), "kind": "trace"}
+        # A step that was scheduled ahead would route a token that nobody counts.
+        asked["settings"] |= {"max_model_len": tokens + 64, "async_scheduling": False}
+        jobs.append({**asked, "name": f"trace {share}", "measurements": [plan]})
+    return jobs
+
+
 SUITES = {"engine": engine, "growth": growth, "shapes": shapes}
 
 
@@ -129,7 +149,7 @@ def job(
         base["compilation_config"] = {"cudagraph_capture_sizes": batches}
     return {
         "name": label,
-        "kind": "served",
+        "kind": "server",
         "server": server,
         "share": share,
         "shape": name,

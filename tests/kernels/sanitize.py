@@ -53,7 +53,7 @@ def all_kernels() -> set[str]:
             names |= {
                 name
                 for name, value in vars(found).items()
-                if name.endswith("_kernel") and value.__module__ == found.__name__
+                if name.endswith("_kernel") and value.fn.__module__ == found.__name__
             }
     return names
 

@@ -218,7 +218,59 @@ def time_resolve(job: dict[str, Any], _folder: Path, note: Note) -> None:
     engine.close()
 
 
-KINDS = {"served": time_server, "resolve": time_resolve}
+def replay_trace(job: dict[str, Any], folder: Path, note: Note) -> None:
+    """Let the model route as a trace says, a token a step, and count the hits.
+
+    Both the engine and the simulator start with empty slots: warm-up and capture have moved
+    experts, so the slots are emptied and the trace is rewound before the count.
+    """
+    import torch
+
+    from vllm_moe_offload.trace import load
+
+    plan = job["measurements"][0]
+    ids_NLK = load(plan["trace"]).expert_ids[: plan["tokens"]]
+    shape, tokens = SHAPES[job["shape"]], len(ids_NLK)
+    _, layers, top_k = ids_NLK.shape
+    assert (layers, top_k) == (shape.moe_layers, shape.top_k), "the trace is of another model"
+    strategy = routing.TraceReplay(torch.from_numpy(ids_NLK.astype("int32")))
+    routing.register(strategy)
+    fill_dummies_quickly()
+    server = Server(folder, shape, job)
+    for part in range(plan.get("repeats", 1)):
+        empty_slots(server.offload_engine())
+        strategy.rewind()
+        # The prompt is one token too, so that every step of the model is one of the trace.
+        server.add([part + 1], tokens)
+        server.synchronize()
+        start = time.perf_counter()
+        server.finish()
+        server.synchronize()
+        seconds = time.perf_counter() - start
+        assert strategy.position == tokens, f"{strategy.position} of {tokens} tokens were routed"
+        stats = server.stats()
+        assert stats is not None
+        row = {"case": "trace", "tokens": tokens, "seconds": seconds / tokens}
+        counted = {name: stats[name] for name in ("active", "hits", "misses")}
+        counted["hit_ratio"] = stats["hits"] / stats["active"]
+        note({**row, **counted, "bytes": stats["bytes_moved"] / tokens})
+    server.offload_engine().check_integrity()
+
+
+def empty_slots(engine: Any) -> None:
+    """Make an engine forget who is resident and what it counted."""
+    for layer in range(len(engine.specs)):
+        residency = engine.residency(layer)
+        fresh = type(residency.tables).empty(
+            residency.num_experts, residency.num_slots, engine.device
+        )
+        for name, tensor in vars(residency.tables).items():
+            if hasattr(tensor, "copy_"):
+                tensor.copy_(getattr(fresh, name))
+    engine.reset_stats()
+
+
+KINDS = {"server": time_server, "resolve": time_resolve, "trace": replay_trace}
 
 
 def link_rate() -> float:
