@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --suite engine --out benchmarks/results/engine.json
     python benchmarks/run.py --render benchmarks/results/engine.json
+    python benchmarks/run.py --plot benchmarks/results/growth.json
 
 ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
@@ -25,6 +26,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
+import plots
 import report
 from jobs import run_all
 from requirements import same_hits, set_beside_bounds, verdicts
@@ -39,6 +41,9 @@ def main() -> int:
     args = parse(sys.argv[1:])
     if args.render:
         print(report.markdown(json.loads(args.render.read_text())))
+        return 0
+    if args.plot:
+        print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
         return 0
     jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
@@ -68,6 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="names of configurations")
     parser.add_argument("--list", action="store_true", help="print the configurations' names")
     parser.add_argument("--render", type=Path, metavar="FILE", help="print results as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw growth beside the file")
     parser.add_argument(
         "--option",
         type=_option,
@@ -80,9 +86,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
-    if "trace" in args.suite and not (args.trace or args.render):
+    if "trace" in args.suite and not (args.trace or args.render or args.plot):
         parser.error("the suite trace needs --trace")
-    if not (args.out or args.render or args.list):
+    if not (args.out or args.render or args.plot or args.list):
         parser.error("--out is needed to measure")
     return args
 
