@@ -81,7 +81,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['vllm']}, commit {result['commit']}. Pinned copies of 9 MiB: "
         f"{max(result['copy_gb_s'], default=0):.1f} GB/s.",
         "",
-        *_markdown_table(target_table(result["targets"])),
+        *(_markdown_table(target_table(result["targets"])) if result["targets"] else []),
         "",
         *_markdown_table(row_table(result["rows"])),
     ]
@@ -102,6 +102,8 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console(width=160)
     for cells in (row_table(result["rows"]), target_table(result["targets"])):
+        if len(cells) == 1:
+            continue
         table = Table(*cells[0])
         for row in cells[1:]:
             table.add_row(*(cell.replace("**", "") for cell in row))

@@ -31,7 +31,7 @@ import report
 from jobs import run_all
 from requirements import same_hits, set_beside_bounds, verdicts
 from shapes import SHAPES
-from suites import SUITES, TRACE_SHARES, chunk_of, trace, united
+from suites import SUITES, TRACE_SHARES, chunk_of, profiled, trace, united
 
 DEFAULT_SHAPES = {"trace": "deepseek-v2-lite"}
 
@@ -49,6 +49,13 @@ def main() -> int:
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
         return 0
+    if args.profile:
+        name, case, size = args.profile
+        (asked,) = [job for job in jobs if job["name"] == name]
+        text = args.out.with_suffix(".profile.txt").resolve()
+        (done,) = run_all([profiled(asked, case, int(size), str(text))])
+        print(text.read_text() if done["exit"] == 0 else done["log"])
+        return int(done["exit"] != 0)
     result = measure(args, [job for job in jobs if not args.only or job["name"] in args.only])
     report.show(result)
     failed = [v for v in result["targets"] if v["passed"] is False]
@@ -74,6 +81,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the configurations' names")
     parser.add_argument("--render", type=Path, metavar="FILE", help="print results as Markdown")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw growth beside the file")
+    parser.add_argument(
+        "--profile",
+        nargs=3,
+        metavar=("CONFIGURATION", "CASE", "SIZE"),
+        help="only write where the time of one case goes, such as 'plugin 0.5' decode 8",
+    )
     parser.add_argument(
         "--option",
         type=_option,

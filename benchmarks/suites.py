@@ -100,6 +100,21 @@ def trace(name: str, options: dict[str, Any], path: str = "", tokens: int = 512)
 SUITES = {"engine": engine, "growth": growth, "shapes": shapes}
 
 
+def profiled(asked: Job, case: str, size: int, path: str) -> Job:
+    """The same server, profiled in one case.
+
+    Args:
+        asked: a job of a suite.
+        case: decode or prefill.
+        size: sequences or tokens.
+        path: where the text goes.
+    """
+    plan = decode(size, 8) if case == "decode" else prefill(size, 1)
+    special = {name: v for name, v in asked["settings"].items() if name not in _SIZED}
+    alone = job(asked["name"], asked["server"], asked["share"], asked["shape"], [plan], **special)
+    return {**alone, "kind": "profile", "profile": path}
+
+
 def decode(batch: int, steps: int, warm_up: int = 8, *, confined: int | None = None) -> Plan:
     """Decode steps of so many sequences; routing is confined to the first experts if asked."""
     plan = {"case": "decode", "batch": batch, "steps": steps, "warm_up": warm_up}
@@ -141,12 +156,12 @@ def job(
         "kv_cache_memory_bytes": (64 << 20) if tiny else 3 * GIB,
         "max_model_len": longest + 64,
         "max_num_batched_tokens": chunk,
-        "max_num_seqs": batches[-1],
+        "max_num_seqs": max(batches, default=1),
     }
     if tiny:
         base |= {"dtype": "float32", "enforce_eager": True}
     else:
-        base["compilation_config"] = {"cudagraph_capture_sizes": batches}
+        base["compilation_config"] = {"cudagraph_capture_sizes": batches or [1]}
     return {
         "name": label,
         "kind": "server",

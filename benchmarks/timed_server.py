@@ -24,6 +24,9 @@ from shapes import SHAPES, Shape
 PROMPT_TOKENS = 4
 """Length of the prompts that only start a decode."""
 
+TOP_KERNELS = 40
+"""Lines of a profile."""
+
 SETTLE_STEPS = 30
 """Decode steps after which the residents are the experts that routing was confined to."""
 
@@ -207,6 +210,67 @@ def _batches(job: dict[str, Any]) -> list[int]:
     return [plan["batch"] for plan in job["measurements"] if plan["case"] == "decode"]
 
 
+def profile_server(job: dict[str, Any], folder: Path, note: Note) -> None:
+    """Tell which kernels the time of one case goes to, in a text file.
+
+    The file's head holds the time of a step by the clock, unprofiled, and what its kernels and
+    copies add up to: what is missing between the two, the device had nothing to do in.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    strategy = routing.UniformOverSome()
+    routing.register(strategy)
+    fill_dummies_quickly()
+    server = Server(folder, SHAPES[job["shape"]], job)
+    server.prefill(job["settings"]["max_num_batched_tokens"], repeats=1, warm_up=0)
+    (plan,) = job["measurements"]
+    if plan["case"] == "decode":
+        steps = plan["steps"]
+        row = server.decode(plan["batch"], steps)
+        server.start_decode(plan["batch"], steps + 8)
+        for _ in range(8):
+            server.step()
+    else:
+        steps = 1
+        row = server.prefill(plan["tokens"], 1)
+        server.add([1] * plan["tokens"], 1)
+    server.synchronize()
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        if plan["case"] == "decode":
+            for _ in range(steps):
+                server.step()
+        else:
+            server.finish()
+        server.synchronize()
+    server.finish()
+    text, busy = _kernel_table(recorded.key_averages(), steps)
+    head = f"{job['name']}, {plan['case']} {plan.get('batch') or plan.get('tokens')}"
+    Path(job["profile"]).write_text(
+        f"{head}: {row['seconds'] * 1e3:.3f} ms a step; what ran on the device adds up to "
+        f"{busy:.3f} ms, side by side or not\n{text}\n"
+    )
+    note({**row, "device_busy_seconds": busy / 1e3})
+
+
+def _kernel_table(averages: Any, steps: int) -> tuple[str, float]:
+    """Kernels and copies by time, and their sum in ms a step; on a CPU its operations."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    ran = [
+        (getattr(event, field) / steps / 1e3, event.count / steps, event.key)
+        for event in averages
+        if not on_gpu or str(event.device_type).endswith("CUDA")
+    ]
+    lines = [f"{ms:9.3f} ms {count:8.1f} x  {name}" for ms, count, name in sorted(ran)[::-1]]
+    return "\n".join(lines[:TOP_KERNELS]), sum(ms for ms, _, _ in ran)
+
+
 def time_resolve(job: dict[str, Any], _folder: Path, note: Note) -> None:
     """Time resolve and a gather that has nothing to do, all experts in slots."""
     import layers
@@ -270,7 +334,12 @@ def empty_slots(engine: Any) -> None:
     engine.reset_stats()
 
 
-KINDS = {"server": time_server, "resolve": time_resolve, "trace": replay_trace}
+KINDS = {
+    "server": time_server,
+    "resolve": time_resolve,
+    "trace": replay_trace,
+    "profile": profile_server,
+}
 
 
 def link_rate() -> float:

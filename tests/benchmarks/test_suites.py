@@ -4,7 +4,7 @@ import jobs
 import pytest
 import run
 from shapes import SHAPES
-from suites import GIB, SUITES, decode, job, prefill, united
+from suites import GIB, SUITES, decode, job, prefill, profiled, united
 
 SHAPE = "qwen3-30b-a3b-16"
 
@@ -93,3 +93,17 @@ def test_options_of_the_plugin_are_json_where_they_can_be():
 def test_a_wrong_command_line_is_refused(arguments):
     with pytest.raises(SystemExit):
         run.parse(arguments)
+
+
+def test_the_profiled_server_is_the_suites_server():
+    (half,) = [j for j in SUITES["engine"](SHAPE, {}) if j["name"] == "plugin 0.5"]
+    alone = profiled(half, "decode", 8, "out.txt")
+    assert alone["settings"]["moe_offload"] == half["settings"]["moe_offload"]
+    assert [(p["case"], p["batch"]) for p in alone["measurements"]] == [("decode", 8)]
+    assert profiled(half, "prefill", 32_768, "out.txt")["settings"]["max_model_len"] > 32_768
+
+
+def test_a_model_of_latent_attention_has_a_layer_less():
+    shape = SHAPES["deepseek-v2-lite"]
+    assert shape.moe_layers == 26
+    assert shape.expert_bytes == 3 * 2048 * 1408 * 2
