@@ -8,9 +8,10 @@
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
 ``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. Every
-configuration is a process of its own: everything resident, vLLM's ``--cpu-offload-gb``, and the
-plugin with several shares in slots. Several suites at once share their processes. The file is
-written after each process; ``--only`` measures some of them and keeps the rest.
+configuration is a process of its own, alone at work while it is measured: everything resident,
+vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
+share their processes. The file is written after each process; ``--only`` measures some of them
+and keeps the rest.
 """
 
 import argparse
@@ -28,7 +29,7 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import plots
 import report
-from jobs import run_all
+from jobs import Memory, run_all
 from requirements import same_hits, set_beside_bounds, verdicts
 from shapes import SHAPES
 from suites import SUITES, TRACE_SHARES, chunk_of, profiled, trace, united
@@ -126,7 +127,7 @@ def measure(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> dict[str, A
     shapes = {job["shape"]: SHAPES[job["shape"]].as_dict() for job in jobs}
     result: dict[str, Any] = {}
     start = time.monotonic()
-    for done in run_all(jobs):
+    for done in run_all(jobs, Memory.of_this_machine()):
         rows += done.pop("rows")
         processes.append(done)
         _tell(done, time.monotonic() - start)

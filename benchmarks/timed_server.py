@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own, timed step by step. Called by ``jobs.py``.
 
-Reads a job as one line of JSON from the standard input, after vLLM has been imported, and writes
-its rows to a file that grows with each measurement.
+Reads a job as one line of JSON from the standard input, after vLLM has been imported; says that
+its server is ready; measures when the next line comes. The file of its rows grows with each
+measurement.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,39 @@ def _moved(before: Any, after: Any, steps: int) -> dict[str, float]:
     }
 
 
-Note = Callable[[dict[str, Any]], None]
-"""Takes a finished row."""
+class Talk:
+    """How a process talks to the one that called it.
+
+    Args:
+        job: what it was asked.
+        out: file of its rows.
+        ready: file whose presence says that the process waits for its turn.
+    """
+
+    def __init__(self, job: dict[str, Any], out: Path, ready: Path) -> None:
+        self._name, self._out, self._ready = job["name"], out, ready
+        self._rows: list[dict[str, Any]] = []
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Take a finished row."""
+        self._rows.append(row)
+        self._write(None)
+        print(json.dumps({"configuration": self._name, **row}), flush=True)
+
+    def wait_for_turn(self) -> None:
+        """Say that everything is ready, and come back when nobody else is measured."""
+        self._ready.touch()
+        sys.stdin.readline()
+
+    def end(self) -> None:
+        """Measure the link beside what was measured."""
+        self._write(link_rate())
+
+    def _write(self, rate: float | None) -> None:
+        self._out.write_text(json.dumps({"rows": self._rows, "copy_gb_s": rate}))
 
 
-def time_server(job: dict[str, Any], folder: Path, note: Note) -> None:
+def time_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Time decode steps and prompts under uniform routing."""
     strategy = routing.UniformOverSome()
     routing.register(strategy)
@@ -186,7 +214,8 @@ def time_server(job: dict[str, Any], folder: Path, note: Note) -> None:
     start = time.perf_counter()
     server = Server(folder, SHAPES[job["shape"]], job)
     assert filled or job["server"] != "plugin", "dummy weights were drawn slowly"
-    note({"case": "start", "seconds": time.perf_counter() - start})
+    talk.note({"case": "start", "seconds": time.perf_counter() - start})
+    talk.wait_for_turn()
     # Fills the slots that are empty, so that 100 % in slots means just that from here on.
     server.prefill(job["settings"]["max_num_batched_tokens"], repeats=1, warm_up=0)
     confined = None
@@ -201,8 +230,8 @@ def time_server(job: dict[str, Any], folder: Path, note: Note) -> None:
             row = server.decode(plan["batch"], plan["steps"], **options)
         else:
             row = server.prefill(plan["tokens"], plan["repeats"], **options)
-        note({**row, "confined": confined} if confined else row)
-    if job["server"] == "plugin":
+        talk.note({**row, "confined": confined} if confined else row)
+    if job["server"] == "plugin" and job["share"] <= 0.25:  # it reads back all slots
         server.offload_engine().check_integrity()
 
 
@@ -210,7 +239,7 @@ def _batches(job: dict[str, Any]) -> list[int]:
     return [plan["batch"] for plan in job["measurements"] if plan["case"] == "decode"]
 
 
-def profile_server(job: dict[str, Any], folder: Path, note: Note) -> None:
+def profile_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Tell which kernels the time of one case goes to, in a text file.
 
     The file's head holds the time of a step by the clock, unprofiled, and what its kernels and
@@ -223,6 +252,7 @@ def profile_server(job: dict[str, Any], folder: Path, note: Note) -> None:
     routing.register(strategy)
     fill_dummies_quickly()
     server = Server(folder, SHAPES[job["shape"]], job)
+    talk.wait_for_turn()
     server.prefill(job["settings"]["max_num_batched_tokens"], repeats=1, warm_up=0)
     (plan,) = job["measurements"]
     if plan["case"] == "decode":
@@ -253,7 +283,7 @@ def profile_server(job: dict[str, Any], folder: Path, note: Note) -> None:
         f"{head}: {row['seconds'] * 1e3:.3f} ms a step; what ran on the device adds up to "
         f"{busy:.3f} ms, side by side or not\n{text}\n"
     )
-    note({**row, "device_busy_seconds": busy / 1e3})
+    talk.note({**row, "device_busy_seconds": busy / 1e3})
 
 
 def _kernel_table(averages: Any, steps: int) -> tuple[str, float]:
@@ -271,18 +301,19 @@ def _kernel_table(averages: Any, steps: int) -> tuple[str, float]:
     return "\n".join(lines[:TOP_KERNELS]), sum(ms for ms, _, _ in ran)
 
 
-def time_resolve(job: dict[str, Any], _folder: Path, note: Note) -> None:
+def time_resolve(job: dict[str, Any], _folder: Path, talk: Talk) -> None:
     """Time resolve and a gather that has nothing to do, all experts in slots."""
     import layers
 
     engine = layers.build(1, 1.0)
+    talk.wait_for_turn()
     for plan in job["measurements"]:
         seconds = layers.resolve_time(engine, plan["batch"])
-        note({"case": "resolve", "batch": plan["batch"], "seconds": seconds})
+        talk.note({"case": "resolve", "batch": plan["batch"], "seconds": seconds})
     engine.close()
 
 
-def replay_trace(job: dict[str, Any], folder: Path, note: Note) -> None:
+def replay_trace(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Let the model route as a trace says, a token a step, and count the hits.
 
     Both the engine and the simulator start with empty slots: warm-up and capture have moved
@@ -301,6 +332,7 @@ def replay_trace(job: dict[str, Any], folder: Path, note: Note) -> None:
     routing.register(strategy)
     fill_dummies_quickly()
     server = Server(folder, shape, job)
+    talk.wait_for_turn()
     for part in range(plan.get("repeats", 1)):
         empty_slots(server.offload_engine())
         strategy.rewind()
@@ -317,7 +349,7 @@ def replay_trace(job: dict[str, Any], folder: Path, note: Note) -> None:
         row = {"case": "trace", "tokens": tokens, "seconds": seconds / tokens}
         counted = {name: stats[name] for name in ("active", "hits", "misses")}
         counted["hit_ratio"] = stats["hits"] / stats["active"]
-        note({**row, **counted, "bytes": stats["bytes_moved"] / tokens})
+        talk.note({**row, **counted, "bytes": stats["bytes_moved"] / tokens})
     server.offload_engine().check_integrity()
 
 
@@ -354,6 +386,7 @@ def main() -> int:
     """Import vLLM, wait for a job, write its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ready", type=Path, required=True)
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] = routing.STRATEGY
@@ -362,18 +395,10 @@ def main() -> int:
     importlib.import_module("vllm.entrypoints.llm")
 
     job = json.loads(sys.stdin.readline())
-    rows: list[dict[str, Any]] = []
-    result = {"rows": rows, "copy_gb_s": None}
-
-    def note(row: dict[str, Any]) -> None:
-        rows.append(row)
-        args.out.write_text(json.dumps(result))
-        print(json.dumps({"configuration": job["name"], **row}), flush=True)
-
+    talk = Talk(job, args.out, args.ready)
     with tempfile.TemporaryDirectory() as folder:
-        KINDS[job["kind"]](job, Path(folder), note)
-    result["copy_gb_s"] = link_rate()
-    args.out.write_text(json.dumps(result))
+        KINDS[job["kind"]](job, Path(folder), talk)
+    talk.end()
     return 0
 
 

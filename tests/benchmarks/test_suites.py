@@ -76,6 +76,7 @@ def test_a_process_that_hangs_is_stopped(monkeypatch, tmp_path):
         "import sys, time, pathlib\n"
         "sys.stdin.readline()\n"
         'pathlib.Path(sys.argv[2]).write_text(\'{"rows": [{"case": "start"}]}\')\n'
+        "pathlib.Path(sys.argv[4]).touch()\n"
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(jobs, "SCRIPT", str(script))
@@ -107,3 +108,48 @@ def test_a_model_of_latent_attention_has_a_layer_less():
     shape = SHAPES["deepseek-v2-lite"]
     assert shape.moe_layers == 26
     assert shape.expert_bytes == 3 * 2048 * 1408 * 2
+
+
+def test_a_process_that_never_gets_ready_is_stopped(monkeypatch, tmp_path):
+    script = tmp_path / "hang.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(jobs, "SCRIPT", str(script))
+    (result,) = jobs.run_all([job("slow", "resident", 1.0, "tiny", [decode(1, 1)])], time_limit=1)
+    assert result["exit"] == -9
+
+
+def test_one_is_measured_while_the_others_of_its_round_wait(monkeypatch, tmp_path):
+    diary = tmp_path / "diary"
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import json, pathlib, sys, time\n"
+        "name = json.loads(sys.stdin.readline())['name']\n"
+        f"diary = open({str(diary)!r}, 'a', buffering=1)\n"
+        "diary.write(f'{name} starts\\n')\n"
+        "pathlib.Path(sys.argv[4]).touch()\n"
+        "sys.stdin.readline()\n"
+        "diary.write(f'{name} measures\\n')\n"
+        "time.sleep(0.2)\n"
+        "diary.write(f'{name} ends\\n')\n"
+    )
+    monkeypatch.setattr(jobs, "SCRIPT", str(script))
+    monkeypatch.setattr(jobs, "needs", lambda job: (1, 1))
+    asked = [job(name, "resident", 1.0, "tiny", [decode(1, 1)]) for name in "abc"]
+    assert [r["exit"] for r in jobs.run_all(asked, jobs.Memory(2, 9))] == [0, 0, 0]
+    lines = diary.read_text().splitlines()
+    assert sorted(lines[:2]) == ["a starts", "b starts"]
+    assert lines[2:] == ["a measures", "a ends", "b measures", "b ends", "c starts",
+                         "c measures", "c ends"]  # fmt: skip
+
+
+def test_rounds_fit():
+    memory = jobs.Memory(device=75 * GIB, host=108 * GIB)
+    asked = SUITES["engine"](SHAPE, {})
+    found = jobs.rounds(asked, memory)
+    assert sorted(j["name"] for part in found for j in part) == sorted(j["name"] for j in asked)
+    assert len(found) < len(asked) / 2
+    for part in found:
+        device, host = map(sum, zip(*map(jobs.needs, part), strict=True))
+        assert device <= memory.device
+        assert host <= memory.host
+    assert jobs.rounds(asked, jobs.Memory(0, 0)) == [[j] for j in asked]
