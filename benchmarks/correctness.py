@@ -152,25 +152,31 @@ def _facts(worker: Any) -> dict[str, Any]:
 
 
 def run_shares(path: Path, case: Case) -> dict[str, Any]:
-    """Run every residency and stock vLLM; a compiled case starts some of them again."""
-    settings = {"dtype": case.dtype, **_mode_settings(case.mode)}
-    runs = {f"share {share}": generate(path, **settings, **_plugin(share)) for share in SHARES}
+    """Run every residency and stock vLLM; a compiled case starts some of them again.
+
+    The start that compiles is not among the residencies: it tunes while it runs, and later starts
+    load what it found.
+    """
+    starts = {f"share {share}": _plugin(share) for share in SHARES} | {"stock": {}}
     if case.mode != "eager":
-        runs["share again"] = generate(path, **settings, **_plugin(REPEATED_SHARE))
-    runs["stock"] = generate(path, **settings)
-    if case.mode != "eager":
-        runs["stock again"] = generate(path, **settings)
-    return runs
+        again = {"share again": _plugin(REPEATED_SHARE), "stock again": {}}
+        starts = {"first start": _plugin(REPEATED_SHARE), **starts, **again}
+    return _run_all(path, case, starts)
 
 
 def run_control(path: Path, case: Case) -> dict[str, Any]:
     """Run builds that share nothing with those of the case."""
+    starts = {"stock": {}, "stock again": {}, "share": _plugin(REPEATED_SHARE)}
+    return _run_all(path, case, starts)
+
+
+def _run_all(path: Path, case: Case, starts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     settings = {"dtype": case.dtype, **_mode_settings(case.mode)}
-    return {
-        "stock": generate(path, **settings),
-        "stock again": generate(path, **settings),
-        "share": generate(path, **settings, **_plugin(REPEATED_SHARE)),
-    }
+    runs = {}
+    for name, options in starts.items():
+        print(f"start: {name}", flush=True)  # the last one in a log is the one that failed
+        runs[name] = generate(path, **settings, **options)
+    return runs
 
 
 def _mode_settings(mode: str) -> dict[str, Any]:
@@ -239,6 +245,7 @@ def judge(case: Case, runs: dict[str, Any], control: dict[str, Any] | None) -> d
             "vLLM, compiled apart": difference(stock, control["stock"]),
             "vLLM, no compile cache, twice": difference(control["stock"], control["stock again"]),
             "plugin, same build": difference(repeated, runs["share again"]),
+            "plugin, start that compiled": difference(repeated, runs["first start"]),
             "plugin, compiled apart": difference(repeated, control["share"]),
         }
     facts = row["engine"].values()
@@ -355,7 +362,15 @@ def _row(case: Case, shares: Future[Outcome], control: Future[Outcome] | None) -
     return row
 
 
-LOG_TAIL = 3000
+LOG_TAIL = 1500
+
+
+def _what_failed(log: str) -> str:
+    """The starts, the first errors and the end of a log."""
+    lines = log.splitlines()
+    errors = [line for line in lines if "rror" in line and "previous" not in line][:12]
+    starts = [line for line in lines if line.startswith("start: ")]
+    return "\n".join([*starts, *errors, "...", log[-LOG_TAIL:]])
 
 
 def _in_a_process(case: Case, part: str) -> Outcome:
@@ -384,7 +399,7 @@ def _in_a_process(case: Case, part: str) -> Outcome:
             ).returncode
         text = log.read_text(errors="replace")
         print(f"{','.join(case)} {part}: exit status {code}", flush=True)
-        return code, json.loads(out.read_text()) if code == 0 else {}, text[-LOG_TAIL:]
+        return code, json.loads(out.read_text()) if code == 0 else {}, _what_failed(text)
 
 
 if __name__ == "__main__":

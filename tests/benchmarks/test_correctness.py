@@ -26,7 +26,8 @@ def changed(phase, request, step, answer):
 
 def all_runs():
     names = [f"share {share}" for share in correctness.SHARES]
-    return {name: run() for name in [*names, "share again", "stock", "stock again"]}
+    others = ["first start", "share again", "stock", "stock again"]
+    return {name: run() for name in [*names, *others]}
 
 
 def all_controls():
@@ -79,6 +80,22 @@ def test_a_compiler_that_rounds_otherwise_is_told_from_the_plugin():
     assert row["passed"]
     differing = {name for name, found in row["controls"].items() if found}
     assert differing == {"vLLM, compiled apart", "vLLM, no compile cache, twice"}
+
+
+def test_the_start_that_compiled_is_told_from_the_others():
+    runs = all_runs() | {"first start": changed("batch 1", 0, 0, [5, -0.75])}
+    row = judge(CASE, runs, all_controls())
+    assert row["passed"]
+    assert [name for name, found in row["controls"].items() if found] == [
+        "plugin, start that compiled"
+    ]
+
+
+def test_a_failure_tells_its_start_and_its_first_error():
+    log = "start: stock\nCUDA error: one\n" + "x\n" * 2000 + "the end"
+    text = correctness._what_failed(log)
+    assert text.startswith("start: stock\nCUDA error: one\n")
+    assert text.endswith("the end")
 
 
 def test_float32_must_give_the_tokens_of_vllm():
