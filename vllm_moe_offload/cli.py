@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_moe_offload import __version__
+from vllm_moe_offload.doctor.command import add_doctor_parser
 from vllm_moe_offload.plan.command import add_plan_parser
 from vllm_moe_offload.simulate.command import add_simulate_parser
 from vllm_moe_offload.trace_command import add_trace_parser
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    add_doctor_parser(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
     add_trace_parser(commands)

@@ -52,13 +52,18 @@ def link_of(address: str, root: Path = Path("/")) -> Link | None:
 
 
 def device_folder(address: str, root: Path = Path("/")) -> Path:
-    """Where sysfs keeps what it knows of a device; NVIDIA's tools write a longer domain."""
-    domain, _, rest = address.lower().partition(":")
-    return root / "sys/bus/pci/devices" / f"{domain[-4:]}:{rest}"
+    """Where sysfs keeps what it knows of a device."""
+    return root / "sys/bus/pci/devices" / short_address(address)
 
 
 def device_link(device: Any) -> Link | None:
     """Read the link of a ``torch.device``, None if it is not on the bus."""
+    address = device_address(device)
+    return link_of(address) if address else None
+
+
+def device_address(device: Any) -> str | None:
+    """Where a ``torch.device`` is on the bus, None if it is not."""
     if device.type != "cuda":
         return None
     import torch
@@ -68,4 +73,10 @@ def device_link(device: Any) -> Link | None:
     if any(part is None for part in parts):
         return None
     domain, bus, slot = parts
-    return link_of(f"{domain:04x}:{bus:02x}:{slot:02x}.0")
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+
+def short_address(address: str) -> str:
+    """Write an address as the kernel does; NVIDIA's tools write a longer domain in capitals."""
+    domain, _, rest = address.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
