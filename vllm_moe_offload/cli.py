@@ -10,6 +10,7 @@ from vllm_moe_offload.doctor.command import add_doctor_parser
 from vllm_moe_offload.plan.command import add_plan_parser
 from vllm_moe_offload.simulate.command import add_simulate_parser
 from vllm_moe_offload.trace_command import add_trace_parser
+from vllm_moe_offload.watch.command import add_watch_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_plan_parser(commands)
     add_simulate_parser(commands)
     add_trace_parser(commands)
+    add_watch_parser(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 
