@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,7 @@ import pytest
 from cpu_settings import env
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_moe_offload import cli
 from vllm_moe_offload.demo.server import free_port
 from vllm_moe_offload.metrics.families import PREFIX
 
@@ -187,6 +190,24 @@ def test_metrics_of_the_running_server(server):
     for (name, layer, _), value in before.items():
         if name == "misses_total":
             assert after[name, layer, None] > value, f"layer {layer} has not moved on"
+
+
+def test_dashboard_finds_its_metrics(server):
+    dashboard = (files("vllm_moe_offload.metrics") / "grafana.json").read_text()
+    asked = set(re.findall(r"(?:vllm:|vllm_moe_offload_)\w+", dashboard))
+    types = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{server}/metrics").text, re.MULTILINE))
+    assert len(asked) > 10
+    assert asked <= types
+
+
+def test_watch(server, capsys):
+    complete(server, 3)
+    settled_metrics(server)
+    assert cli.main(["watch", server, "--once", "--interval-s", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    stats = statistics(server)
+    assert f"{stats['hits'] / stats['active']:.0%} since the start" in shown
+    assert [f"layer {n} " in shown for n in range(5)] == [True] * 4 + [False]
 
 
 def test_metrics_of_every_api_server(checkpoint, tmp_path):
