@@ -16,6 +16,8 @@ from torch import Tensor
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.counters import Counters
+from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
@@ -41,6 +43,8 @@ class EngineStats:
     hits: int
     misses: int
     streamed: int
+    demand_bytes: int
+    wave_bytes: int
     bytes_moved: int
 
     def as_dict(self) -> dict[str, int]:
@@ -78,6 +82,12 @@ class OffloadEngine:
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._counters: Counters | None = None
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """What decides which experts have a slot, by the name of the decision."""
+        return {"eviction": "lru"}
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -110,6 +120,7 @@ class OffloadEngine:
         if self.device.type == "cuda":
             self.pool.register()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
+        self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
@@ -166,24 +177,35 @@ class OffloadEngine:
 
     def stats(self) -> EngineStats:
         """Return what happened since the start or the last reset; waits for the device."""
-        counts = [layer.residency.counts() for layer in self._layers]
-        missed = [count["loads"] + count["streams"] for count in counts]
-        moved = [miss + count["surplus"] for miss, count in zip(missed, counts, strict=True)]
+        return self.total(self.layer_counts())
+
+    def layer_counts(self) -> list[LayerCounts]:
+        """Return the same by layer; waits for the device."""
+        return self._counters.read() if self._counters else []
+
+    def snapshot(self) -> list[LayerCounts] | None:
+        """Return about the same while steps go on, which do not notice; see ``Counters``."""
+        return self._counters.snapshot() if self._counters else []
+
+    def total(self, layers: Sequence[LayerCounts]) -> EngineStats:
+        """Add up the counts of all layers."""
+        demand_bytes = sum(layer.demand_bytes for layer in layers)
+        wave_bytes = sum(layer.wave_bytes for layer in layers)
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
             slots=sum(self.budget.slots) if self.budget else 0,
-            resident=sum(layer.residency.num_resident() for layer in self._layers),
+            resident=sum(layer.resident for layer in layers),
             pool_bytes=self.pool.num_bytes,
             slot_bytes=self.arena.num_bytes,
             staging_bytes=self.staging.num_bytes,
-            active=sum(count["active"] for count in counts),
-            hits=sum(count["hits"] for count in counts),
-            misses=sum(missed),
-            streamed=sum(count["streams"] for count in counts),
-            bytes_moved=sum(
-                count * spec.layout.row_bytes for count, spec in zip(moved, self.specs, strict=True)
-            ),
+            active=sum(layer.active for layer in layers),
+            hits=sum(layer.hits for layer in layers),
+            misses=sum(layer.misses for layer in layers),
+            streamed=sum(layer.streams for layer in layers),
+            demand_bytes=demand_bytes,
+            wave_bytes=wave_bytes,
+            bytes_moved=demand_bytes + wave_bytes,
         )
 
     def reset_stats(self) -> None:
@@ -215,6 +237,7 @@ class OffloadEngine:
     def close(self) -> None:
         """Unpin the pool."""
         self._layers = []
+        self._counters = None
         self.pool.close()
 
     def _check(self, budget: Budget) -> None:
