@@ -1,10 +1,10 @@
-"""The worker's share: its engines, their statistics, and calls that offloading cannot serve.
+"""The worker's share: its engines, their statistics and recording, and what it cannot serve.
 
 Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics are logged between steps and start after warm-up.
+    sleep raise; statistics are logged between steps and start after warm-up, as does recording.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_moe_offload.engine import EngineStats, OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.recording import Recording
 from vllm_moe_offload.patches.wrapping import wrap
 
 logger = init_logger("vllm.moe_offload")
@@ -51,21 +52,31 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     self.moe_offload_logged_at = time.monotonic()
     token = _loading.set(self.moe_offload_engines)
     try:
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
     finally:
         _loading.reset(token)
+    # The model that is served comes before the one that drafts for it.
+    if self.moe_offload_engines and self.moe_offload_engines[0].config.trace_path is not None:
+        self.moe_offload_recording = Recording(self, self.moe_offload_engines[0])
+    return result
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Start the statistics anew once the worker has warmed up."""
+    """Start the statistics anew and begin to record once the worker has warmed up."""
     result = original(self, *args, **kwargs)
+    if recording := _recording(self):
+        recording.start()
     for engine in _engines(self):
         engine.reset_stats()
     return result
 
 
-def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(self, *args, **kwargs)
+def _execute_model(
+    original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(self, scheduler_output, *args, **kwargs)
+    if recording := _recording(self):
+        recording.note(self.model_runner, scheduler_output, result)
     engines = _engines(self)
     if engines and (interval := engines[0].config.stats_interval_s):
         now = time.monotonic()
@@ -89,6 +100,8 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
             "it discards weights, and offloaded experts cannot be loaded again",
             "Use level 1, or restart the server",
         )
+    if recording := _recording(self):
+        recording.settle()  # what sleeps is unmapped
     return original(self, level)
 
 
@@ -104,6 +117,9 @@ def _refuse_weights(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 
 def _shutdown(original: Callable[..., Any], self: Any) -> Any:
+    if recording := _recording(self):
+        recording.close()
+    self.moe_offload_recording = None
     result = original(self)
     for engine in _engines(self):
         engine.close()
@@ -113,6 +129,10 @@ def _shutdown(original: Callable[..., Any], self: Any) -> Any:
 
 def _engines(worker: Any) -> list[OffloadEngine]:
     return getattr(worker, "moe_offload_engines", [])
+
+
+def _recording(worker: Any) -> Recording | None:
+    return getattr(worker, "moe_offload_recording", None)
 
 
 def _total(engines: list[OffloadEngine]) -> EngineStats:
