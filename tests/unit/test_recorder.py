@@ -134,6 +134,21 @@ def test_steps_are_dropped_where_the_ring_is_full(make, tmp_path, lines, monkeyp
     assert lines == ["moe-offload: not recorded so far: 15 steps that the ring had no room for."]
 
 
+def test_a_sequence_that_begins_where_the_ring_is_full(make, tmp_path, lines, monkeypatch):
+    monkeypatch.setattr(module, "DRAIN_S", 60.0)
+    monkeypatch.setattr(module, "RING_BYTES", 160)
+    steps = make()
+    time.sleep(0.1)
+    steps.run(10)
+    steps.recorder.record(StepRows([1], [0], [1], begun=((1, 1),)), 1)
+    steps.recorder.settle()
+    steps.log.ids_LTK[:, :1] = 500
+    steps.recorder.record(StepRows([1], [1], [1]), 1)
+    steps.recorder.close()
+    assert recorded(tmp_path) == [*range(10), 500]
+    assert steps.recorder.dropped_steps == len(lines) == 1
+
+
 def test_goes_on_from_a_warm_start(make, tmp_path):
     before = HotSet(LAYERS, EXPERTS)
     before.score_LE[:, 7] = 100.0

@@ -3,8 +3,7 @@ import pytest
 from traces import random_trace
 
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.recorder import hot_set
-from vllm_moe_offload.recorder.hot_set import HALF_LIFE, HotSet
+from vllm_moe_offload.recorder.hot_set import HALF_LIFE, SAMPLE, HotSet
 
 
 def counted_slowly(ids_TLK, layers, experts):
@@ -18,9 +17,7 @@ def counted_slowly(ids_TLK, layers, experts):
     return score
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_counts(chunk, monkeypatch):
-    monkeypatch.setattr(hot_set, "_CHUNK", chunk)
+def test_counts():
     ids = random_trace(0, tokens=60).expert_ids.astype(np.int16)
     ids[3, 1, 0], ids[9, 2, 1] = -1, 8
     found = HotSet(3, 8)
@@ -30,10 +27,34 @@ def test_counts(chunk, monkeypatch):
     np.testing.assert_allclose(found.score_LE, counted_slowly(ids, 3, 8), rtol=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [SAMPLE + 1, 3 * SAMPLE, 10_000])
+def test_a_sample_of_many_tokens_counts_like_all(tokens):
+    random = np.random.default_rng(0)
+    share = random.dirichlet(np.ones(8), size=2)
+    ids = np.stack(
+        [random.choice(8, size=(tokens, 1), p=share[layer]) for layer in range(2)], axis=1
+    )
+    found = HotSet(2, 8)
+    found.update(ids.astype(np.int16))
+    exact = counted_slowly(ids, 2, 8)
+    assert found.score_LE.sum() == pytest.approx(exact.sum(), rel=0.01)
+    error = found.score_LE / found.score_LE.sum() - exact / exact.sum()
+    assert np.abs(error).max() < 3 / SAMPLE**0.5
+
+
+def test_the_sample_reaches_to_the_last_token():
+    ids = np.zeros((3 * SAMPLE, 1, 1), np.int16)
+    ids[-1] = 1
+    found = HotSet(1, 2)
+    found.update(ids)
+    assert found.score_LE[0, 1] == 3
+
+
 def test_uses_fade_by_their_half_life():
     found = HotSet(1, 2)
     found.update(np.zeros((1, 1, 1), np.int16))
-    found.update(np.ones((HALF_LIFE, 1, 1), np.int16))
+    for _ in range(HALF_LIFE // 64):
+        found.update(np.ones((64, 1, 1), np.int16))
     assert found.score_LE[0, 0] == pytest.approx(0.5)
 
 

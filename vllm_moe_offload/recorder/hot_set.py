@@ -18,8 +18,9 @@ HALF_LIFE = 4096
 """Tokens after which a use counts half. On recorded traces 64 to 4096 fill slots equally well;
 a long one is not dominated by a single prompt."""
 
-_CHUNK = 2048
-"""Tokens counted at once, which bounds the memory that counting takes."""
+SAMPLE = 512
+"""Tokens counted of those that come at once. More would tell hardly more, and counting keeps
+Python's lock from the thread that runs the steps."""
 
 
 class HotSet:
@@ -34,19 +35,21 @@ class HotSet:
         self.score_LE = np.zeros((num_layers, num_experts), np.float64)
 
     def update(self, ids_TLK: NDArray[np.integer]) -> None:
-        """Count tokens in the order in which they ran; ids out of range count nothing."""
-        for first in range(0, len(ids_TLK), _CHUNK):
-            self._count(ids_TLK[first : first + _CHUNK])
+        """Count tokens in the order in which they ran; ids out of range count nothing.
 
-    def _count(self, ids_TLK: NDArray[np.integer]) -> None:
+        Of many tokens every n-th counts n times.
+        """
+        step = -(-len(ids_TLK) // SAMPLE)
+        if not step:
+            return
         layers, experts = self.score_LE.shape
-        tokens, _, top_k = ids_TLK.shape
-        weight_T = 0.5 ** (np.arange(tokens - 1, -1, -1) / HALF_LIFE)
-        counted = (ids_TLK >= 0) & (ids_TLK < experts)
-        bins = ids_TLK.astype(np.int64) + experts * np.arange(layers)[:, None]
-        weights = np.repeat(weight_T, layers * top_k).reshape(ids_TLK.shape)
+        sample_TLK = ids_TLK[len(ids_TLK) - 1 :: -step]  # the last one first
+        weight_T = step * 0.5 ** (step * np.arange(len(sample_TLK)) / HALF_LIFE)
+        counted = (sample_TLK >= 0) & (sample_TLK < experts)
+        bins = sample_TLK.astype(np.int64) + experts * np.arange(layers)[:, None]
+        weights = np.broadcast_to(weight_T[:, None, None], bins.shape)
         uses = np.bincount(bins[counted], weights[counted], minlength=layers * experts)
-        self.score_LE *= 0.5 ** (tokens / HALF_LIFE)
+        self.score_LE *= 0.5 ** (len(ids_TLK) / HALF_LIFE)
         self.score_LE += uses.reshape(layers, experts)
 
     def section(self) -> dict[str, NDArray[np.float32]]:

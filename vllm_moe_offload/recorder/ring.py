@@ -15,7 +15,7 @@ _ALIGNMENT = 16
 _NUMPY = {torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
     """One tensor of an entry: bytes of the ring, and how to read them."""
 
@@ -25,12 +25,13 @@ class _Part:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     tag: Any
-    parts: tuple[_Part, ...]
+    parts: list[_Part]
     end: int
-    written: torch.cuda.Event | None
+    stream: torch.cuda.Stream | None
+    """Where the copies into the ring are queued."""
 
 
 class DeviceRing:
@@ -82,12 +83,9 @@ class DeviceRing:
         for part, tensor in zip(parts, tensors, strict=True):
             target = self._buffer[part.start : part.stop].view(part.dtype)
             target.view(part.shape).copy_(tensor)
-        event = None
-        if self._stream is not None and parts:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))
+        stream = None if self._stream is None else torch.cuda.current_stream(self._device)
         self._written = end
-        self._entries.append(_Entry(tag, parts, end, event))
+        self._entries.append(_Entry(tag, parts, end, stream))
         return True
 
     def take(self) -> list[tuple[Any, list[NDArray[Any]]]]:
@@ -101,7 +99,7 @@ class DeviceRing:
         self._read = entries[-1].end
         return taken
 
-    def _place(self, tensors: Sequence[Tensor]) -> tuple[tuple[_Part, ...], int]:
+    def _place(self, tensors: Sequence[Tensor]) -> tuple[list[_Part], int]:
         """Lay tensors out behind what was written last, in one piece."""
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
         total = sum(_aligned(size) for size in sizes)
@@ -112,16 +110,15 @@ class DeviceRing:
         for tensor, size in zip(tensors, sizes, strict=True):
             parts.append(_Part(start, start + size, tensor.dtype, tuple(tensor.shape)))
             start += _aligned(size)
-        return tuple(parts), self._written + skipped + total
+        return parts, self._written + skipped + total
 
     def _fetch(self, entries: Sequence[_Entry]) -> None:
         """Bring the bytes of the entries to the host in as few copies as possible."""
         if self._stream is None:
             return
+        for stream in {entry.stream for entry in entries if entry.stream is not None}:
+            self._stream.wait_stream(stream)
         with torch.cuda.stream(self._stream):
-            for entry in entries:
-                if entry.written is not None:
-                    self._stream.wait_event(entry.written)
             for start, stop in _runs([part for entry in entries for part in entry.parts]):
                 self._host[start:stop].copy_(self._buffer[start:stop], non_blocking=True)
         self._stream.synchronize()
