@@ -195,6 +195,7 @@ def _create_engine_config(
         del vllm_config.additional_config[KEY]
         return vllm_config
     admission.check_features(vllm_config)
+    admission.check_recording(vllm_config, config)
     admission.check_checkpoint(vllm_config)
     vllm_config.additional_config[KEY] = config.model_dump(mode="json")
     if not vllm_config.parallel_config.worker_extension_cls:

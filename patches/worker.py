@@ -1,11 +1,11 @@
-"""The worker's share: its engines, their statistics, and calls that offloading cannot serve.
+"""The worker's share: its engines, their statistics and recording, and what it cannot serve.
 
 Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics start after warm-up and are reported beside the steps, of which they
-    are only told.
+    sleep raise; statistics and recording start after warm-up and go on beside the steps, of which
+    they are only told.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -24,6 +24,7 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.metrics.page import Worker, page_path
 from vllm_moe_offload.metrics.reporter import Reporter, labelled
 from vllm_moe_offload.patches.lookahead import Lookahead
+from vllm_moe_offload.patches.recording import Recording
 from vllm_moe_offload.patches.wrapping import wrap
 from vllm_moe_offload.pcie import device_link
 
@@ -57,14 +58,20 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     self.moe_offload_reporter = None
     token = _loading.set(self.moe_offload_engines)
     try:
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
     finally:
         _loading.reset(token)
+    # The model that is served comes before the one that drafts for it.
+    if self.moe_offload_engines and self.moe_offload_engines[0].config.trace_path is not None:
+        self.moe_offload_recording = Recording(self, self.moe_offload_engines[0])
+    return result
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Start the statistics anew once the worker has warmed up."""
+    """Start the statistics anew and begin to record once the worker has warmed up."""
     result = original(self, *args, **kwargs)
+    if recording := _recording(self):
+        recording.start()
     engines = _engines(self)
     for engine in engines:
         engine.reset_stats()
@@ -93,16 +100,19 @@ def _reporter(worker: Any, engines: list[OffloadEngine]) -> Reporter:
     )
 
 
-def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _execute_model(
+    original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     engines = _engines(self)
     if not engines:
-        return original(self, *args, **kwargs)
-    schedule = args[0] if args else kwargs["scheduler_output"]
-    tokens = self.moe_offload_lookahead.tokens_outside_graphs(schedule)
+        return original(self, scheduler_output, *args, **kwargs)
+    tokens = self.moe_offload_lookahead.tokens_outside_graphs(scheduler_output)
     for engine in engines:
         engine.step_begins(tokens)
-    result = original(self, *args, **kwargs)
-    next_tokens = self.moe_offload_lookahead.next_tokens(schedule)
+    result = original(self, scheduler_output, *args, **kwargs)
+    if recording := _recording(self):
+        recording.note(self.model_runner, scheduler_output, result)
+    next_tokens = self.moe_offload_lookahead.next_tokens(scheduler_output)
     for engine in engines:
         engine.step_ended(next_tokens)
     if reporter := _reporter_of(self):
@@ -134,6 +144,8 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
         )
     if reporter := _reporter_of(self):
         reporter.pause()
+    if recording := _recording(self):
+        recording.settle()  # what sleeps is unmapped
     return original(self, level)
 
 
@@ -152,6 +164,9 @@ def _shutdown(original: Callable[..., Any], self: Any) -> Any:
     if reporter := _reporter_of(self):
         reporter.close()
         self.moe_offload_reporter = None
+    if recording := _recording(self):
+        recording.close()
+    self.moe_offload_recording = None
     result = original(self)
     for engine in _engines(self):
         engine.close()
@@ -165,3 +180,7 @@ def _engines(worker: Any) -> list[OffloadEngine]:
 
 def _reporter_of(worker: Any) -> Reporter | None:
     return getattr(worker, "moe_offload_reporter", None)
+
+
+def _recording(worker: Any) -> Recording | None:
+    return getattr(worker, "moe_offload_recording", None)

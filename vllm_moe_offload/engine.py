@@ -10,7 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.arena import SlotArena
@@ -18,6 +20,7 @@ from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budg
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
@@ -25,6 +28,7 @@ from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
+from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
 from vllm_moe_offload.sweep import Sweep
 
 
@@ -69,14 +73,22 @@ class OffloadEngine:
         config: the plugin's options.
         device: where the layers are computed; the host itself is allowed.
         workers_on_host: processes that load a part of the same model into this host's memory.
+        log_tokens: tokens of the largest step if the routed ids are to be logged, else 0.
     """
 
     def __init__(
-        self, config: MoeOffloadConfig, device: torch.device, *, workers_on_host: int = 1
+        self,
+        config: MoeOffloadConfig,
+        device: torch.device,
+        *,
+        workers_on_host: int = 1,
+        log_tokens: int = 0,
     ) -> None:
         self.config = config
         self.device = device
+        self.step_log: StepLog | None = None
         self._workers_on_host = workers_on_host
+        self._log_tokens = log_tokens
         self.pool = HostPool()
         self.specs: list[LayerSpec] = []
         self.budget: Budget | None = None
@@ -110,6 +122,9 @@ class OffloadEngine:
         self._check(budget)
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
         self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
+        if self._log_tokens:
+            top_k = self._common_top_k()
+            self.step_log = StepLog(len(self.specs), self._log_tokens, top_k, self.device)
         self.budget = budget
         return budget
 
@@ -125,7 +140,35 @@ class OffloadEngine:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
 
-    def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    def fill_slots(self, score_LE: Sequence[NDArray[np.floating]]) -> int:
+        """Load the experts with the highest scores; not between the layers of a step.
+
+        Args:
+            score_LE: for each layer a score for each of the router's experts. An expert
+                without a positive one is not loaded.
+
+        Returns:
+            How many experts of all layers are in slots now.
+        """
+        filled = 0
+        for layer, score_E in zip(self._layers, score_LE, strict=True):
+            routing = layer.spec.routing
+            assert routing is not None
+            local_E = np.asarray(score_E)[list(routing.id_of_E)]
+            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_slots]
+            experts = hottest[local_E[hottest] > 0].astype(np.int32)
+            layer.fill(torch.from_numpy(experts).to(self.device))
+            filled += experts.size
+        return filled
+
+    def run(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        chosen_TK: Tensor | None = None,
+    ) -> Tensor:
         """Compute the routed experts of a layer.
 
         A step over many tokens sweeps all experts with the copy engine's help, unless a CUDA
@@ -136,6 +179,7 @@ class OffloadEngine:
             x_TH: hidden states.
             weight_TK: router weights.
             ids_TK: routed local expert ids; negative ones are inactive.
+            chosen_TK: the router's ids where the local ones differ.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -143,9 +187,10 @@ class OffloadEngine:
         part = self._layers[layer]
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
             if part.is_sweep(ids_TK.numel()):
+                part.keep(ids_TK if chosen_TK is None else chosen_TK)
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
-        return part.step(x_TH, weight_TK, ids_TK)
+        return part.step(x_TH, weight_TK, ids_TK, chosen_TK)
 
     def step_begins(self, num_tokens: int) -> None:
         """Start the copies of a step that will be a sweep, ahead of its layers.
@@ -171,7 +216,7 @@ class OffloadEngine:
 
     def _will_sweep(self, num_tokens: int) -> bool:
         return all(
-            layer.spec.top_k is not None and layer.is_sweep(num_tokens * layer.spec.top_k)
+            layer.spec.routing is not None and layer.is_sweep(num_tokens * layer.spec.routing.top_k)
             for layer in self._layers
         )
 
@@ -240,6 +285,28 @@ class OffloadEngine:
         self._counters = None
         self.pool.close()
 
+    def _common_top_k(self) -> int:
+        """Experts a token of all layers.
+
+        Raises:
+            OffloadError: the layers differ, or have more experts than a log can tell apart.
+        """
+        routings = [spec.routing for spec in self.specs]
+        top_ks = sorted({routing.top_k for routing in routings if routing is not None})
+        problem = None
+        if len(top_ks) != 1 or None in routings:
+            problem = f"its layers choose different numbers of experts a token: {top_ks}"
+        elif max(r.num_experts for r in routings if r is not None) > MAX_EXPERTS:
+            problem = f"it has layers of more than {MAX_EXPERTS} experts"
+        if problem:
+            raise OffloadError(
+                "trace_path",
+                self.config.trace_path,
+                f"this model cannot be recorded: {problem}",
+                "Drop trace_path",
+            )
+        return top_ks[0]
+
     def _check(self, budget: Budget) -> None:
         host = available_host_memory().shared_by(self._workers_on_host)
         on_host = self.device.type == "cpu"
@@ -264,6 +331,7 @@ class OffloadEngine:
             residency=Residency(spec.num_experts, slots.shape[0], self.device),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
+            log_TK=self.step_log.layer(number) if self.step_log else None,
         )
 
     @staticmethod

@@ -16,6 +16,7 @@ from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.resolve import (
     NEVER,
     NOWHERE,
+    IdLog,
     ResidencyTables,
     WorkList,
     resolve,
@@ -193,6 +194,39 @@ def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
     resolve_torch(ids_TK, expected_tables, expected_work, evict=True, dispatch=expected)
     assert_same_dispatch(lists, expected)
     assert int(work.counters[0]) == int(expected_work.counters[0])
+
+
+@pytest.mark.parametrize("room", [40, 3, 0], ids=["room", "little", "none"])
+@given(case=cases())
+def test_resolve_also_logs_ids(case, room, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = copy(tables), copy(work)
+    ids_TK = routed(case, device)
+    # What the router chose is more than what this worker holds.
+    chosen_TK = torch.where(ids_TK < 0, 30_000, ids_TK + 7)
+    log_TK = torch.full((room, case.shape[1]), POISON, dtype=torch.int16, device=device)
+    expected_TK = log_TK.clone()
+    resolve(ids_TK, tables, work, evict=case.evict, log=IdLog(chosen_TK, log_TK))
+    resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict,
+                  log=IdLog(chosen_TK, expected_TK))  # fmt: skip
+    assert_same(tables, work, expected_tables, expected_work)
+    assert torch.equal(log_TK, expected_TK)
+    kept = min(room, case.shape[0])
+    assert torch.equal(log_TK[:kept], chosen_TK[:kept].short())
+    assert bool((log_TK[kept:] == POISON).all())
+
+
+def test_resolve_logs_ids_in_chunks(device):
+    case = Case(0, 64, 8, 0, (90, 4), 0.1, torch.int64, True)
+    torch.manual_seed(0)
+    tables, work = random_tables(case, device), WorkList.empty(64, device)
+    ids_TK = routed(case, device)
+    log_TK = torch.full((100, 4), POISON, dtype=torch.int16, device=device)
+    with mock.patch.object(module, "COUNT_CHUNK", 128):
+        resolve(ids_TK, tables, work, evict=True, log=IdLog(ids_TK, log_TK))
+    assert torch.equal(log_TK[:90], ids_TK.short())
+    assert bool((log_TK[90:] == POISON).all())
 
 
 @given(

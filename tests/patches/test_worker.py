@@ -29,7 +29,7 @@ LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0)
 
 class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
-        self.config = SimpleNamespace(stats_interval_s=interval)
+        self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
         self.policies = {"eviction": "lru"}
         self.resets = self.closed = 0
@@ -257,6 +257,69 @@ def test_sleeping_worker_is_not_read(monkeypatch):
     made.sleep(1)
     monkeypatch.setattr(engine, "snapshot", lambda: pytest.fail("read while asleep"))
     made.moe_offload_reporter.tick(0.0)
+    made.shutdown()
+
+
+class FakeRecording:
+    def __init__(self, worker, engine):
+        self.engine, self.calls = engine, worker.calls
+
+    def start(self):
+        self.calls.append("start recording")
+
+    def note(self, runner, scheduler_output, output):
+        self.calls.append(("note", runner, scheduler_output, output))
+
+    def settle(self):
+        self.calls.append("settle")
+
+    def close(self):
+        self.calls.append("close recording")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A worker with two engines whose options say that it records."""
+    monkeypatch.setattr(worker, "Recording", FakeRecording)
+    engines = [FakeEngine(), FakeEngine()]
+    for engine in engines:
+        engine.config.trace_path = "somewhere"
+    made = loaded(*engines)
+    made.model_runner = "runner"
+    return made
+
+
+def test_the_model_that_is_served_is_recorded(recorded):
+    assert recorded.moe_offload_recording.engine is recorded.moe_offload_engines[0]
+
+
+def test_recording_begins_after_warm_up(recorded):
+    recorded.compile_or_warm_up_model()
+    assert recorded.calls == ["compile_or_warm_up_model", "start recording"]
+
+
+def test_every_step_is_noted_after_it_ran(recorded):
+    assert recorded.execute_model(scheduler_output=IDLE) is IDLE
+    assert recorded.calls == ["execute_model", ("note", "runner", IDLE, IDLE)]
+
+
+def test_sleep_comes_after_the_ring_is_empty(recorded):
+    recorded.sleep(1)
+    assert recorded.calls == ["settle", ("sleep", 1)]
+
+
+def test_recording_ends_before_the_worker_does(recorded):
+    recorded.shutdown()
+    recorded.shutdown()
+    assert recorded.calls == ["close recording", "shutdown", "shutdown"]
+
+
+def test_no_recording_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(worker, "Recording", lambda *_: pytest.fail("recorded"))
+    made = loaded(FakeEngine())
+    made.execute_model(IDLE)
+    made.sleep(1)
+    made.compile_or_warm_up_model()
     made.shutdown()
 
 
