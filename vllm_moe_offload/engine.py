@@ -25,7 +25,9 @@ from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
+from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
+from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -120,6 +122,8 @@ class OffloadEngine:
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(demands, self.config)
         self._check(budget)
+        rows = [segment.rows_EB for segment in self.pool.segments]
+        populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
         self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
         if self._log_tokens:
