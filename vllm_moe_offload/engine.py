@@ -17,7 +17,6 @@ from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.kernels.operations import operations_for
-from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pool import HostPool, PoolSegment
@@ -206,7 +205,7 @@ class OffloadEngine:
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
-            slots = (expert_of_S != NOWHERE).nonzero().flatten()
+            slots = (expert_of_S >= 0).nonzero().flatten()
             held = layer.slots.rows_RB[slots.to(self.device)].cpu()
             assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
                 f"a slot of {segment.name} does not hold the expert that its table says"

@@ -3,6 +3,9 @@
 import torch
 
 from vllm_moe_offload.kernels.resolve import (
+    CLOSED,
+    FOREVER,
+    NEVER,
     NOWHERE,
     Counter,
     ResidencyTables,
@@ -22,6 +25,7 @@ class Residency:
     def __init__(self, num_experts: int, num_slots: int, device: torch.device) -> None:
         self.tables = ResidencyTables.empty(num_experts, num_slots, device)
         self.work = WorkList.empty(num_experts, device)
+        self.first_open = 0
 
     @property
     def num_experts(self) -> int:
@@ -40,16 +44,40 @@ class Residency:
 
     def num_resident(self) -> int:
         """Experts that have a slot now; waits for the device."""
-        return int((self.tables.expert_of_S != NOWHERE).sum())
+        return int((self.tables.expert_of_S >= 0).sum())
+
+    def open_from(self, first: int) -> None:
+        """Use the slots from ``first`` on, and none before it.
+
+        Slots that open are empty; experts in slots that close are resident no more. Queued on
+        the device like any other work: what was queued before still reads a closed slot, what
+        comes after neither reads nor fills it.
+        """
+        tables = self.tables
+        if first > self.first_open:
+            closed = slice(self.first_open, first)
+            inside_E = (tables.slot_of_E >= self.first_open) & (tables.slot_of_E < first)
+            tables.slot_of_E.masked_fill_(inside_E, NOWHERE)
+            tables.expert_of_S[closed] = CLOSED
+            tables.stamp_S[closed] = FOREVER
+        else:
+            opened = slice(first, self.first_open)
+            tables.expert_of_S[opened] = NOWHERE
+            tables.stamp_S[opened] = NEVER
+        self.first_open = first
 
     def check_integrity(self) -> None:
         """Raise unless the two maps are inverse and the counters add up."""
         slot_of_E, expert_of_S = self.tables.slot_of_E.cpu(), self.tables.expert_of_S.cpu()
         experts = torch.nonzero(slot_of_E != NOWHERE).flatten()
-        slots = torch.nonzero(expert_of_S != NOWHERE).flatten()
+        slots = torch.nonzero(expert_of_S >= 0).flatten()
         assert experts.numel() == slots.numel(), "an expert or a slot is mapped twice"
         assert torch.equal(expert_of_S[slot_of_E[experts].long()].long(), experts)
         assert torch.equal(slot_of_E[expert_of_S[slots].long()].long(), slots)
-        assert bool((self.tables.stamp_S < self.tables.clock).all()), "a slot is ahead of time"
+        closed = self.tables.expert_of_S == CLOSED
+        assert int(closed.sum()) == int(closed[: self.first_open].sum()) == self.first_open
+        assert bool((self.tables.stamp_S[closed] == FOREVER).all()), "a closed slot may be taken"
+        ahead = ~closed & (self.tables.stamp_S >= self.tables.clock)
+        assert not bool(ahead.any()), "a slot is ahead of time"
         counts = self.counts()
         assert counts["active"] == counts["hits"] + counts["loads"] + counts["streams"]
