@@ -1,6 +1,6 @@
 """vLLM's blocks, as the lender takes and returns them.
 
-Target: ``BlockPool._maybe_evict_cached_block`` and ``.reset_prefix_cache`` in
+Target: ``BlockPool.get_new_blocks``, ``._maybe_evict_cached_block`` and ``.reset_prefix_cache`` in
     vllm.v1.core.block_pool; also reads its blocks and their queue, in vllm.v1.core.kv_cache_utils.
 Versions: 0.32, 0.33.
 Why: vLLM knows no blocks that are neither used nor free.
@@ -12,16 +12,20 @@ How: ``evict_blocks`` drops a free block's prefix-cache entries and says so to l
     checks and the capacity in the logs read the configuration, which stays.
     ``_reuse_watchers`` of blocks that are still read after they were freed hear of the reuse.
     Free blocks are queued coldest first; prefix-cache hits leave the queue and join its end.
+    The order is no more than a preference, and ids of old blocks are in no order at all, so
+    ``get_new_blocks`` first brings the lowest of the coldest to the front.
     Every entry that leaves the prefix cache is heard of, to learn whether it is missed.
 Can go: when vLLM can resize its pool.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from vllm_moe_offload.lending.boundary import NULL_BLOCKS
 from vllm_moe_offload.lending.controller import Ghosts, Standing
+from vllm_moe_offload.lending.lender import window
 from vllm_moe_offload.patches.wrapping import wrap
 
 _GHOSTS = "moe_offload_ghosts"
@@ -29,8 +33,24 @@ _GHOSTS = "moe_offload_ghosts"
 
 def apply(module: ModuleType) -> None:
     """Let shared pools tell what they drop."""
+    wrap(module.BlockPool, "get_new_blocks", _get_new_blocks)
     wrap(module.BlockPool, "_maybe_evict_cached_block", _maybe_evict_cached_block)
     wrap(module.BlockPool, "reset_prefix_cache", _reset_prefix_cache)
+
+
+def _get_new_blocks(original: Callable[..., Any], self: Any, num_blocks: int) -> Any:
+    if hasattr(self, _GHOSTS) and 0 < num_blocks <= self.get_num_free_blocks():
+        queue = self.free_block_queue
+        coldest: list[Any] = []
+        block = queue.fake_free_list_head.next_free_block
+        while block is not queue.fake_free_list_tail and len(coldest) < window(num_blocks):
+            coldest.append(block)
+            block = block.next_free_block
+        chosen = heapq.nsmallest(num_blocks, coldest, key=lambda block: block.block_id)
+        for block in chosen:
+            queue.remove(block)
+        queue.prepend_n(chosen)
+    return original(self, num_blocks)
 
 
 def _maybe_evict_cached_block(original: Callable[..., bool], self: Any, block: Any) -> bool:

@@ -80,8 +80,7 @@ class Lending:
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.num_gpu_blocks == boundary.num_blocks, "the boundary is of another buffer"
         self._scheduler = scheduler
-        # What one or two increments more of the cache would have held.
-        self._ghosts = Ghosts(2 * len(boundary.blocks(0, min(1, boundary.max_increments))))
+        self._ghosts = Ghosts(len(boundary.blocks(0, boundary.max_increments)))
         self._policy = policy
         self.lender = Lender(boundary, VllmPool(pool, self._ghosts), policy)
         self._clock = clock
@@ -89,14 +88,15 @@ class Lending:
 
     def scheduled(self, output: Any) -> None:
         """Count what the prefix cache held of the requests that begin in this step."""
-        hits = lost = 0
+        hits = lost = depth = 0
         size = self._scheduler.hash_block_size
         for new in output.scheduled_new_reqs:
             hits += new.num_computed_tokens
             request = self._scheduler.requests[new.req_id]
             absent = request.block_hashes[new.num_computed_tokens // size :]
-            lost += size * self._ghosts.wanted(_cache_key(block_hash) for block_hash in absent)
-        self._policy.looked_up(hits, lost)
+            count, blocks = self._ghosts.wanted(_cache_key(block_hash) for block_hash in absent)
+            lost, depth = lost + size * count, max(depth, blocks)
+        self._policy.looked_up(hits, lost, depth)
 
     def finished(self, output: Any, report: Report | None) -> None:
         """File a step's report and what it took."""

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_moe_offload import plugin
+from vllm_moe_offload.lending import lender
 from vllm_moe_offload.lending.boundary import Boundary, floor_blocks
 from vllm_moe_offload.lending.controller import AutoPolicy, FixedPolicy, Ghosts, Policy
 from vllm_moe_offload.lending.orders import Order, Report
@@ -337,8 +338,8 @@ def test_cached_blocks_are_taken_coldest_first(pool):
     standing = shared.standing(2, range(8, 20))
     assert (standing.used_blocks, standing.cached_blocks, standing.cached_in_run) == (0, 14, 7)
     keys = [id_.to_bytes(8, "big") for id_ in coldest[:5]]
-    assert ghosts.wanted(keys) == 5
-    assert ghosts.wanted(keys) == 0
+    assert ghosts.wanted(keys) == (5, 5)
+    assert ghosts.wanted(keys) == (0, 0)
     assert pool.get_cached_block(b"", [0]) is None
 
 
@@ -348,7 +349,28 @@ def test_blocks_come_back_in_front_and_the_lowest_first(pool):
     assert pool.num_gpu_blocks == 17
     shared.give([12, 15, 19])
     assert pool.num_gpu_blocks == 20
-    assert [block.block_id for block in pool.get_new_blocks(4)] == [12, 15, 19, 1]
+    queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+    assert queue[:4] == [12, 15, 19, 1]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_the_lowest_of_the_coldest_are_used_first(caching, monkeypatch):
+    monkeypatch.setattr(lender, "WINDOW_BLOCKS", 6)
+    pool = BlockPool(num_gpu_blocks=20, enable_caching=caching, hash_block_size=4)
+    VllmPool(pool, Ghosts(5))
+    order = random.Random(2).sample(range(1, 20), 19)
+    blocks = {block.block_id: block for block in pool.get_new_blocks(19)}
+    pool.free_blocks([blocks[id_] for id_ in order])
+    assert [block.block_id for block in pool.get_new_blocks(1)] == [min(order[:6])]
+    order.remove(min(order[:6]))
+    lowest = sorted(order[:12])[:3]
+    assert [block.block_id for block in pool.get_new_blocks(3)] == lowest
+    left = [id_ for id_ in order if id_ not in lowest]
+    queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+    assert queue == left
+    assert pool.get_new_blocks(0) == []
+    with pytest.raises(ValueError, match="Cannot get 16"):
+        pool.get_new_blocks(16)
 
 
 def test_ordinary_evictions_are_remembered_too(pool):
@@ -356,11 +378,11 @@ def test_ordinary_evictions_are_remembered_too(pool):
     cached(pool, list(range(1, 20)))
     VllmPool(pool, ghosts)
     pool.get_new_blocks(3)
-    assert ghosts.wanted([id_.to_bytes(8, "big") for id_ in (1, 2, 3, 4)]) == 3
+    assert ghosts.wanted([id_.to_bytes(8, "big") for id_ in (1, 2, 3, 4)]) == (3, 3)
     pool.get_new_blocks(1)
     pool.free_blocks(block for block in pool.blocks if block.ref_cnt)
     assert pool.reset_prefix_cache()
-    assert ghosts.wanted([(4).to_bytes(8, "big")]) == 0
+    assert ghosts.wanted([(4).to_bytes(8, "big")]) == (0, 0)
 
 
 def test_blocks_in_use_are_never_taken(pool):
@@ -384,7 +406,7 @@ def test_moved_targets_are_refused():
     from vllm_moe_offload.patches.wrapping import PatchError
 
     empty = type("Empty", (), {})
-    with pytest.raises(PatchError, match="has no _maybe_evict_cached_block"):
+    with pytest.raises(PatchError, match="has no get_new_blocks"):
         block_pool.apply(SimpleNamespace(BlockPool=empty))
     with pytest.raises(PatchError, match="has no schedule"):
         scheduler.apply(SimpleNamespace(Scheduler=empty, KVCacheManager=empty))

@@ -18,6 +18,16 @@ much."""
 TAKEN_BLOCKS_PER_SECOND = 400_000
 """Rate at which the pool's linked list and hash map let go of blocks, in plain Python."""
 
+WINDOW_BLOCKS = 256
+"""Coldest free blocks among which the lowest are used first, and never fewer than four times as
+many as are needed. Requests settle low in the buffer and stay out of the way of lending, and the
+prefix cache still loses what is old."""
+
+
+def window(num_blocks: int) -> int:
+    """Free blocks to choose ``num_blocks`` from."""
+    return max(WINDOW_BLOCKS, 4 * num_blocks)
+
 
 class Pool(Protocol):
     """vLLM's block pool, as far as lending needs it."""
