@@ -18,7 +18,7 @@ much."""
 TAKEN_BLOCKS_PER_SECOND = 400_000
 """Rate at which the pool's linked list and hash map let go of blocks, in plain Python."""
 
-WINDOW_BLOCKS = 256
+WINDOW_BLOCKS = 64
 """Coldest free blocks among which the lowest are used first, and never fewer than four times as
 many as are needed. Requests settle low in the buffer and stay out of the way of lending, and the
 prefix cache still loses what is old."""
