@@ -17,9 +17,14 @@ from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 NOWHERE = -1
 """Marks an expert without a slot, a slot without an expert, and an inactive routed id."""
 
+CLOSED = -2
+"""Marks a slot whose memory serves another purpose now: it holds no expert and takes none."""
+
 NEVER = -1
 """Stamp of a slot that was never read: older than every step."""
 
+FOREVER = (1 << 63) - 1
+"""Stamp of a closed slot: newer than every step, so that it is nobody's victim."""
 
 MAX_SLOTS = 1024
 MAX_EXPERTS = 1024

@@ -22,7 +22,6 @@ from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.operations import operations_for
-from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
@@ -159,7 +158,7 @@ class OffloadEngine:
             routing = layer.spec.routing
             assert routing is not None
             local_E = np.asarray(score_E)[list(routing.id_of_E)]
-            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_slots]
+            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
             experts = hottest[local_E[hottest] > 0].astype(np.int32)
             layer.fill(torch.from_numpy(experts).to(self.device))
             filled += experts.size
@@ -277,7 +276,7 @@ class OffloadEngine:
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
-            slots = (expert_of_S != NOWHERE).nonzero().flatten()
+            slots = (expert_of_S >= 0).nonzero().flatten()
             held = layer.slots.rows_RB[slots.to(self.device)].cpu()
             assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
                 f"a slot of {segment.name} does not hold the expert that its table says"

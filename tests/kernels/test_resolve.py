@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from vllm_moe_offload.kernels import resolve as module
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.resolve import (
+    CLOSED,
+    FOREVER,
     NEVER,
     NOWHERE,
     IdLog,
@@ -64,7 +66,7 @@ def routed(case: Case, device: torch.device) -> torch.Tensor:
 
 
 def random_tables(case: Case, device: torch.device) -> ResidencyTables:
-    """Fill some slots with experts, at times close together, equal and long past."""
+    """Fill some slots with experts, at times close together, equal and long past; close some."""
     tables = ResidencyTables.empty(case.num_experts, case.num_slots, device)
     count = case.num_slots if case.seed % 2 else int(torch.randint(case.num_slots + 1, ()))
     slots = torch.randperm(case.num_slots)[:count].to(device)
@@ -74,6 +76,9 @@ def random_tables(case: Case, device: torch.device) -> ResidencyTables:
     ages = torch.randint(1, 5, (count,)).to(device) * (2**33 if case.clock > 2**36 else 1)
     tables.stamp_S[slots] = (case.clock - ages).clamp(min=NEVER)
     tables.clock.fill_(case.clock)
+    closed = (tables.expert_of_S == NOWHERE) & (torch.rand(case.num_slots) < 0.5).to(device)
+    tables.expert_of_S[closed] = CLOSED
+    tables.stamp_S[closed] = FOREVER
     return tables
 
 
