@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.simulate.adaptive import AdaptivePolicy
-from vllm_moe_offload.simulate.cache import Bools, Floats, Ints
+from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores
 from vllm_moe_offload.simulate.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.steps import Step
 from vllm_moe_offload.trace import Trace
@@ -27,7 +27,7 @@ class Policy(Protocol):
     bypass: bool
     """Whether an active expert may pass through although a resident could be evicted."""
 
-    def rank(self, step: Step, resident_CLE: Bools) -> Floats:
+    def rank(self, step: Step, resident_CLE: Bools) -> Scores:
         """Learn from a step and score the experts for it, [L, E] or [C, L, E].
 
         The lowest score among the residents that the step does not read is evicted first.
