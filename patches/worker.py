@@ -4,7 +4,8 @@ Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics are logged between steps and start after warm-up.
+    sleep raise; statistics are logged between steps; they and eviction's learning start after
+    warm-up.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -57,10 +58,10 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Start the statistics anew once the worker has warmed up."""
+    """Start statistics and learning anew once the worker has warmed up."""
     result = original(self, *args, **kwargs)
     for engine in _engines(self):
-        engine.reset_stats()
+        engine.forget_warm_up()
     return result
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
@@ -77,6 +78,7 @@ class OffloadEngine:
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._eviction: AdaptiveEviction | None = None
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -108,6 +110,7 @@ class OffloadEngine:
             return
         if self.device.type == "cuda":
             self.pool.register()
+        self._eviction = self._make_eviction()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
@@ -133,7 +136,12 @@ class OffloadEngine:
             if part.is_sweep(ids_TK.numel()):
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
-        return part.step(x_TH, weight_TK, ids_TK)
+        y_TH = part.step(x_TH, weight_TK, ids_TK)
+        # A sweep reads nearly everything and evicts nobody: there is nothing to learn.
+        ends_step = part is self._layers[-1] and not part.is_sweep(ids_TK.numel())
+        if self._eviction is not None and ends_step:
+            self._eviction.learn()
+        return y_TH
 
     def stats(self) -> EngineStats:
         """Return what happened since the start or the last reset; waits for the device."""
@@ -162,6 +170,12 @@ class OffloadEngine:
         for layer in self._layers:
             layer.residency.work.counters.zero_()
 
+    def forget_warm_up(self) -> None:
+        """Forget what made-up steps have done to counts and eviction; residency stays."""
+        self.reset_stats()
+        if self._eviction is not None:
+            self._eviction.forget()
+
     def residency(self, layer: int) -> Residency:
         """Return the tables of a layer."""
         return self._layers[layer].residency
@@ -174,6 +188,8 @@ class OffloadEngine:
         """Raise unless every owner is consistent and every slot holds its expert's bytes."""
         self.pool.check_integrity()
         self.arena.check_integrity()
+        if self._eviction is not None:
+            self._eviction.check_integrity()
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
@@ -200,6 +216,15 @@ class OffloadEngine:
             device_is_host=on_host,
         )
 
+    def _make_eviction(self) -> AdaptiveEviction | None:
+        assert self.budget is not None, "layers are made ready after the plan"
+        experts, slots = [spec.num_experts for spec in self.specs], self.budget.slots
+        # Where all experts have slots, or none has, nobody is ever evicted.
+        evicts = any(0 < s < e for e, s in zip(experts, slots, strict=True))
+        if self.config.policy != "adaptive" or not evicts:
+            return None
+        return AdaptiveEviction(experts, slots, self.device)
+
     def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
@@ -211,7 +236,12 @@ class OffloadEngine:
                 Block.of(spec.layout, self.staging.rows(block, spec.layout, limit=spec.num_experts))
                 for block in range(Staging.NUM_BLOCKS)
             ),
-            residency=Residency(spec.num_experts, slots.shape[0], self.device),
+            residency=Residency(
+                spec.num_experts,
+                slots.shape[0],
+                self.device,
+                self._eviction.order(number) if self._eviction is not None else None,
+            ),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
         )

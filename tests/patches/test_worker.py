@@ -19,13 +19,13 @@ COUNTS = EngineStats(
 class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
         self.config = SimpleNamespace(stats_interval_s=interval)
-        self.resets = self.closed = 0
+        self.warm_ups_forgotten = self.closed = 0
 
     def stats(self) -> EngineStats:
         return COUNTS
 
-    def reset_stats(self) -> None:
-        self.resets += 1
+    def forget_warm_up(self) -> None:
+        self.warm_ups_forgotten += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -146,11 +146,11 @@ def test_statistics_add_up():
     assert stats == {name: 2 * count for name, count in COUNTS.as_dict().items()}
 
 
-def test_statistics_start_after_warm_up():
+def test_warm_up_is_forgotten():
     engine = FakeEngine()
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
-    assert (made.calls, engine.resets) == (["compile_or_warm_up_model"], 1)
+    assert (made.calls, engine.warm_ups_forgotten) == (["compile_or_warm_up_model"], 1)
 
 
 def test_warm_up_of_the_cpu_worker():
@@ -163,7 +163,7 @@ def test_warm_up_of_the_cpu_worker():
     made = CPUWorker([engine])
     made.load_model()
     assert made.compile_or_warm_up_model() == 2.5
-    assert engine.resets == 1
+    assert engine.warm_ups_forgotten == 1
 
 
 @pytest.fixture

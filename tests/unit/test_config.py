@@ -13,6 +13,7 @@ REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds",
     "allow_dense": "Give true or false",
@@ -77,6 +78,8 @@ def test_out_of_range(name, value):
         ("staging_mb", 1e-3, 1e-3),
         ("staging_mb", "auto", "auto"),
         ("stats_interval_s", 0, 0.0),
+        ("policy", "lru", "lru"),
+        ("policy", "adaptive", "adaptive"),
         ("allow_dense", True, True),
     ],
 )
@@ -87,6 +90,11 @@ def test_good_value(name, value, expected):
 @pytest.mark.parametrize("value", ["perhaps", 2, None, []], ids=repr)
 def test_bad_flag(value):
     check_refused("allow_dense", value)
+
+
+@pytest.mark.parametrize("value", ["", "LRU", "belady", 1, None, True], ids=repr)
+def test_bad_policy(value):
+    check_refused("policy", value)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.simulate.adaptive import AdaptivePolicy
 from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores
@@ -15,8 +16,8 @@ from vllm_moe_offload.simulate.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.steps import Step
 from vllm_moe_offload.trace import Trace
 
-ENGINE_DEFAULT = "lru"
-"""What ``default`` means: the policy that ``kernels.resolve`` runs."""
+ENGINE_DEFAULT: str = MoeOffloadConfig.model_fields["policy"].default
+"""What ``default`` means: the policy that the engine runs if nobody chooses."""
 
 ALIAS = "default"
 
