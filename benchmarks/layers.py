@@ -10,8 +10,10 @@ run and the time of vLLM's own kernel with all experts on the GPU.
 import argparse
 import json
 import sys
+import timeit
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,13 +21,16 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median time of a call on the GPU."""
+    """Median time of a call on the device."""
     times = []
     for _ in range(repeats):
+        if DEVICE.type == "cpu":
+            times.append(timeit.timeit(run, number=1))
+            continue
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -77,8 +82,10 @@ def uniform(num_layers: int, tokens: int) -> torch.Tensor:
     return scores.topk(TOP_K, dim=-1).indices.int()
 
 
-def graphed(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """Capture a step."""
+def graphed(step: Callable[[], Any]) -> Any:
+    """Capture a step for ``replay``; a CPU has no graphs and repeats it."""
+    if DEVICE.type == "cpu":
+        return SimpleNamespace(replay=step)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,23 +195,53 @@ def offloaded_step(engine: Any, tokens: int, *, confined: bool = False) -> dict[
 
 
 def resolve_time(engine: Any, tokens: int) -> float:
-    """Seconds a layer of resolve and of a gather that has nothing to do."""
+    """Seconds a layer of resolve and of a gather that has nothing to do, all experts in slots.
+
+    An engine whose experts all have slots needs no policy, so the tables here are others, which
+    tell the policy what each step reads.
+    """
+    from vllm_moe_offload.eviction import AdaptiveEviction
     from vllm_moe_offload.kernels.dispatch import Dispatch
-    from vllm_moe_offload.kernels.gather import gather
-    from vllm_moe_offload.kernels.resolve import resolve
+    from vllm_moe_offload.residency import Residency
 
     ids = uniform(1, tokens)[0]
     part = engine._layers[0]
-    tables, work = part.residency.tables, part.residency.work
-    lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
+    order = AdaptiveEviction([EXPERTS], [EXPERTS], DEVICE).order(0)
+    residency = Residency(EXPERTS, EXPERTS, DEVICE, order)
+    tables, work, do = residency.tables, residency.work, part.operations
+    lists = None
+    if do.sorts_pairs:
+        lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
 
     def step() -> None:
         for _ in range(50):
-            resolve(ids, tables, work, evict=True, dispatch=lists)
-            gather(part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E,
-                   work.load_slot_E, work.num_loads)  # fmt: skip
+            do.resolve(ids, tables, work, evict=True, dispatch=lists)
+            do.gather(part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E,
+                      work.load_slot_E, work.num_loads)  # fmt: skip
 
     return seconds(graphed(step).replay, 5) / 50
+
+
+def learn_time(num_layers: int) -> float:
+    """Seconds a step of what eviction learns from it, a quarter of the experts in slots."""
+    from vllm_moe_offload.eviction import AdaptiveEviction
+    from vllm_moe_offload.kernels.resolve import Use
+
+    eviction = AdaptiveEviction([EXPERTS] * num_layers, [EXPERTS // 4] * num_layers, DEVICE)
+    use = Use.ACTIVE * (torch.rand(num_layers, EXPERTS, device=DEVICE) < TOP_K / EXPERTS)
+
+    def note() -> None:
+        for _ in range(50):
+            eviction.tables.use_LE.copy_(use)
+
+    def note_and_learn() -> None:
+        for _ in range(50):
+            eviction.tables.use_LE.copy_(use)
+            eviction.learn()
+
+    # Learning clears the notes, so that they are written anew each time, which is no part of it.
+    times = [seconds(graphed(run).replay, 5) for run in (note_and_learn, note)]
+    return (times[0] - times[1]) / 50
 
 
 def main() -> int:
@@ -240,7 +277,8 @@ def main() -> int:
             print(json.dumps(row), flush=True)
         if share == 1.0:
             result["resolve_gather_us"] = {t: resolve_time(engine, t) * 1e6 for t in (1, 8, 32)}
-            print(json.dumps(result["resolve_gather_us"]), flush=True)
+            result["learn_us"] = {count: learn_time(count) * 1e6 for count in (16, 48)}
+            print(json.dumps([result["resolve_gather_us"], result["learn_us"]]), flush=True)
         engine.check_integrity()
         engine.close()
         del engine

@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 
 from vllm_moe_offload.engine import EngineStats, OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.lookahead import Lookahead
 from vllm_moe_offload.patches.wrapping import wrap
 
 logger = init_logger("vllm.moe_offload")
@@ -50,6 +51,7 @@ def engines_of_loading_worker() -> list[OffloadEngine]:
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     self.moe_offload_engines = []
     self.moe_offload_logged_at = time.monotonic()
+    self.moe_offload_lookahead = Lookahead(self.vllm_config)
     token = _loading.set(self.moe_offload_engines)
     try:
         return original(self, *args, **kwargs)
@@ -66,9 +68,18 @@ def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) 
 
 
 def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(self, *args, **kwargs)
     engines = _engines(self)
-    if engines and (interval := engines[0].config.stats_interval_s):
+    if not engines:
+        return original(self, *args, **kwargs)
+    schedule = args[0] if args else kwargs["scheduler_output"]
+    tokens = self.moe_offload_lookahead.tokens_outside_graphs(schedule)
+    for engine in engines:
+        engine.step_begins(tokens)
+    result = original(self, *args, **kwargs)
+    next_tokens = self.moe_offload_lookahead.next_tokens(schedule)
+    for engine in engines:
+        engine.step_ended(next_tokens)
+    if interval := engines[0].config.stats_interval_s:
         now = time.monotonic()
         if now - self.moe_offload_logged_at >= interval:
             self.moe_offload_logged_at = now

@@ -45,8 +45,8 @@ class MoeOffloadConfig(BaseModel):
     )
     staging_mb: PositiveMiB | Auto = Field(
         default="auto",
-        description="GPU memory in MiB for the two blocks through which experts without a slot "
-        "pass; auto sizes them by the model.",
+        description="GPU memory in MiB through which experts without a slot pass; auto sizes "
+        "it by the model.",
     )
     policy: Literal["adaptive", "lru"] = Field(
         default="adaptive",

@@ -7,6 +7,7 @@ Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,7 +23,7 @@ from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.residency import Residency
-from vllm_moe_offload.staging import Staging
+from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.sweep import Sweep
 
 
@@ -100,7 +101,7 @@ class OffloadEngine:
         budget = plan_budget(demands, self.config)
         self._check(budget)
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
-        self.staging = Staging(budget.staging_block_bytes, self.device)
+        self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
         self.budget = budget
         return budget
 
@@ -142,6 +143,34 @@ class OffloadEngine:
         if self._eviction is not None and ends_step:
             self._eviction.learn()
         return y_TH
+
+    def step_begins(self, num_tokens: int) -> None:
+        """Start the copies of a step that will be a sweep, ahead of its layers.
+
+        Args:
+            num_tokens: tokens of the step, 0 for a step within CUDA graphs.
+        """
+        if self._sweep is None:
+            return
+        if self._will_sweep(num_tokens):
+            self._sweep.begin()
+        else:
+            self._sweep.settle()
+
+    def step_ended(self, next_tokens: int) -> None:
+        """Start the copies of the next step, if it is sure to be a sweep.
+
+        Args:
+            next_tokens: tokens that the next step will have, as far as that is known now.
+        """
+        if self._sweep is not None and self._will_sweep(next_tokens):
+            self._sweep.follow()
+
+    def _will_sweep(self, num_tokens: int) -> bool:
+        return all(
+            layer.spec.top_k is not None and layer.is_sweep(num_tokens * layer.spec.top_k)
+            for layer in self._layers
+        )
 
     def stats(self) -> EngineStats:
         """Return what happened since the start or the last reset; waits for the device."""
@@ -228,23 +257,22 @@ class OffloadEngine:
     def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
+        order = self._eviction.order(number) if self._eviction is not None else None
         return OffloadedLayer(
             spec=spec,
             pool_rows_EB=segment.device_rows(self.device),
             slots=Block.of(spec.layout, slots),
-            staging=tuple(
-                Block.of(spec.layout, self.staging.rows(block, spec.layout, limit=spec.num_experts))
-                for block in range(Staging.NUM_BLOCKS)
-            ),
-            residency=Residency(
-                spec.num_experts,
-                slots.shape[0],
-                self.device,
-                self._eviction.order(number) if self._eviction is not None else None,
-            ),
+            halves=self._staged(spec, self.staging.halves),
+            blocks=self._staged(spec, self.staging.blocks),
+            residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
         )
+
+    @staticmethod
+    def _staged(spec: LayerSpec, blocks: Sequence[Tensor]) -> tuple[Block, ...]:
+        layout, limit = spec.layout, spec.num_experts
+        return tuple(Block.of(layout, rows_of(block, layout, limit=limit)) for block in blocks)
 
 
 def describe(engine: OffloadEngine) -> str:
@@ -256,7 +284,7 @@ def describe(engine: OffloadEngine) -> str:
         f"moe-offload: {len(specs)} MoE layers of {_span(experts)} experts, "
         f"{_size(budget.pool_bytes)} in the host pool, "
         f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
-        f"{engine.device.type} memory, {_size(2 * budget.staging_block_bytes)} of staging"
+        f"{engine.device.type} memory, {_size(budget.staging_bytes)} of staging"
     )
 
 

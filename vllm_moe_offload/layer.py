@@ -109,6 +109,7 @@ class OffloadMixin(FusedMoEMethodBase):
             ),
             activation=_activation(layer, self.offload_prefix),
             weight_on_input=layer.apply_router_weight_on_input,
+            top_k=self.moe.experts_per_token,
             tiles=self.offload_tiles,
         )
         self.offload_layer, segment = self.offload_engine.add_layer(spec)

@@ -26,7 +26,8 @@ class LayerSpec:
     """One MoE layer as the engine needs to know it.
 
     ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
-    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens.
+    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens. With a
+    known ``top_k`` a sweep's copies can begin before its first layer runs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerSpec:
     layout: ExpertLayout
     activation: Activation
     weight_on_input: bool = False
+    top_k: int | None = None
     tiles: Callable[[int], TileConfig] | None = None
 
 
@@ -66,13 +68,16 @@ class Block:
 
 @dataclass(frozen=True)
 class OffloadedLayer:
-    """A layer's share of every owner; ``staging`` is shared with the other layers."""
+    """A layer's share of every owner; staging is shared with the other layers, cut in two ways."""
 
     spec: LayerSpec
     pool_rows_EB: Tensor
     """As the compute device addresses them."""
     slots: Block
-    staging: tuple[Block, ...]
+    halves: tuple[Block, ...]
+    """Of staging, for a step."""
+    blocks: tuple[Block, ...]
+    """Of staging, for a sweep."""
     residency: Residency
     row_of_E: Tensor
     """Scratch for the map of a wave, int32."""
@@ -86,7 +91,7 @@ class OffloadedLayer:
         """Resolve, load what is missing, compute, in launches that follow from shapes alone.
 
         The residents, those just brought in among them, are computed first. Experts that got
-        no slot follow in waves through the staging blocks.
+        no slot follow in waves through staging.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -100,9 +105,9 @@ class OffloadedLayer:
             work.num_loads,
         )  # fmt: skip
         products.compute(tables.slot_of_E, self.slots.weights)
-        rows = self.staging[0].num_rows
+        rows = self.halves[0].num_rows
         for wave, first in enumerate(self._waves(ids_TK.numel(), evict=evict)):
-            block = self.staging[wave % len(self.staging)]
+            block = self.halves[wave % len(self.halves)]
             do.gather(
                 self.pool_rows_EB, block.rows_RB, work.stream_expert_E, None, work.num_streams,
                 first=first, limit=rows,
@@ -122,7 +127,7 @@ class OffloadedLayer:
         bound = max(0, active - slots) if evict else min(active, experts - slots)
         if bound and self.row_of_E.device.type == "cpu":
             bound = int(self.residency.work.num_streams)
-        return range(0, bound, max(1, self.staging[0].num_rows))
+        return range(0, bound, max(1, self.halves[0].num_rows))
 
 
 class Products:

@@ -1,4 +1,4 @@
-"""Staging: two blocks of rows through which experts without a slot pass.
+"""Staging: a buffer of rows through which experts without a slot pass.
 
 Legend: R rows of a block, B bytes of a row.
 """
@@ -6,31 +6,42 @@ Legend: R rows of a block, B bytes of a row.
 import torch
 from torch import Tensor
 
-from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.layout import ROW_ALIGNMENT, ExpertLayout
+
+MAX_BLOCKS = 10
+"""Blocks of a sweep: with more of them less of the buffer waits for the block in use to be done,
+with fewer of them the products of a layer take fewer launches."""
 
 
 class Staging:
-    """Two equal blocks, shared by all layers, so that one loads while the other is read.
+    """One buffer, shared by all layers, that is cut in two ways.
+
+    A sweep cuts it into many small ``blocks``, so that copies run ahead of the computation by
+    nearly the whole buffer: attention over a long context takes longer than a few experts. A
+    step that loads and computes in turn cuts it into two ``halves``, for the fewest waves.
 
     Args:
-        block_bytes: size of one block, zero if every expert has a slot.
-        device: where the blocks live.
+        num_bytes: size of the buffer, zero if every expert has a slot.
+        largest_row: bytes of the largest row that passes; two of them fit.
+        device: where the buffer lives.
     """
 
-    NUM_BLOCKS = 2
-
-    def __init__(self, block_bytes: int, device: torch.device) -> None:
-        self.blocks = [
-            torch.empty(block_bytes, dtype=torch.uint8, device=device)
-            for _ in range(self.NUM_BLOCKS)
-        ]
+    def __init__(self, num_bytes: int, largest_row: int, device: torch.device) -> None:
+        self.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.halves = self._cut(2)
+        self.blocks = self._cut(max(2, min(MAX_BLOCKS, num_bytes // max(1, largest_row))))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of both blocks."""
-        return sum(block.numel() for block in self.blocks)
+        """Bytes of the buffer."""
+        return self.buffer.numel()
 
-    def rows(self, block: int, layout: ExpertLayout, *, limit: int) -> Tensor:
-        """A block as rows of a layer, uint8 [R, B] with R at most ``limit``."""
-        count = min(limit, self.blocks[block].numel() // layout.row_bytes)
-        return self.blocks[block][: count * layout.row_bytes].view(count, layout.row_bytes)
+    def _cut(self, count: int) -> list[Tensor]:
+        size = self.num_bytes // count // ROW_ALIGNMENT * ROW_ALIGNMENT
+        return [self.buffer[size * i : size * (i + 1)] for i in range(count)]
+
+
+def rows_of(block: Tensor, layout: ExpertLayout, *, limit: int) -> Tensor:
+    """View a block as rows of a layer, uint8 [R, B] with R at most ``limit``."""
+    count = min(limit, block.numel() // layout.row_bytes)
+    return block[: count * layout.row_bytes].view(count, layout.row_bytes)

@@ -2,8 +2,9 @@
 
 What streams follows from residency alone, not from routing, and a sweep leaves residency as it
 is. So one look at the tables at the first layer gives the whole step's list of copies. The copy
-engine works through it beside the computation, two staging blocks ahead of it and across layers:
-the first experts of the next layer are on their way before its router has run.
+engine works through it beside the computation, a few staging blocks ahead of it and across
+layers: the first experts of the next layer are on their way before its router has run. Where the
+next step is known to be a sweep too, its first experts are on their way before it begins.
 
 Legend: L layers, E local experts of a layer, W waves of a step.
 """
@@ -66,9 +67,9 @@ class _Copies:
         """Start no copy before what has been queued to compute."""
 
     @contextmanager
-    def into(self, block: int, *, used: bool) -> Iterator[None]:
-        """Queue the copies of the context into a block, after its last use if it has one."""
-        del block, used
+    def into(self, block: int) -> Iterator[None]:
+        """Queue the copies of the context into a block, after its last use."""
+        del block
         yield
 
     def wait(self, block: int) -> None:
@@ -94,10 +95,10 @@ class _StreamCopies(_Copies):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     @contextmanager
-    def into(self, block: int, *, used: bool) -> Iterator[None]:
+    def into(self, block: int) -> Iterator[None]:
         with torch.cuda.stream(self._stream):
-            if used:
-                self._stream.wait_event(self._freed[block])
+            # An event that was never recorded is not waited for.
+            self._stream.wait_event(self._freed[block])
             yield
             self._ready[block].record(self._stream)
 
@@ -130,12 +131,27 @@ class Sweep:
         self._layers = layers
         self._pool_rows = pool_rows
         self._device = device
-        self._blocks = len(layers[0].staging)
+        self._blocks = len(layers[0].blocks)
         self._copies = _copies(device, self._blocks)
         self._waves: list[Wave] = []
         self._row_of_WE = torch.empty(0)
-        self._done = 0
+        self._issued = self._done = 0
         self._next_layer = len(layers)
+        self._whole = False
+
+    def begin(self) -> None:
+        """Start the copies of a step before its first layer runs."""
+        if self._next_layer != 0:
+            self._start(0)
+
+    def follow(self) -> None:
+        """Start the copies of the next step, after a whole one and with nothing in between.
+
+        A sweep leaves residency as it is, so the plan of the last one still holds.
+        """
+        if self._whole and self._next_layer == len(self._layers):
+            self._issued = self._done = self._next_layer = 0
+            self._issue_free_blocks()
 
     def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Compute a layer; the first of a step, or one out of turn, starts a new sweep.
@@ -159,10 +175,17 @@ class Sweep:
         return products.total()
 
     def settle(self) -> None:
-        """Let the current stream wait for copies of a sweep that was left half-way."""
-        if self._done < len(self._waves):
+        """Let the current stream wait for copies of a sweep that was left half-way.
+
+        What they brought is of no use, but it was moved.
+        """
+        for wave in self._waves[self._done : self._issued]:
+            counters = self._layers[wave.layer].residency.work.counters
+            counters[Counter.SURPLUS] += len(wave.experts)
+        if self._done < self._issued:
             self._copies.drain()
-        self._waves, self._done, self._next_layer = [], 0, len(self._layers)
+        self._waves, self._next_layer, self._whole = [], len(self._layers), False
+        self._issued = self._done = 0
 
     def _start(self, layer: int) -> None:
         self.settle()
@@ -170,12 +193,12 @@ class Sweep:
         slot_of_LE = _read([part.residency.tables.slot_of_E for part in self._layers])
         for number in range(layer, len(self._layers)):
             self._fill_empty_slots(number, slot_of_LE[number])
-        rows = [part.staging[0].num_rows for part in self._layers]
+        rows = [part.blocks[0].num_rows for part in self._layers]
         self._waves = plan_waves(slot_of_LE, rows, layer)
         self._row_of_WE = self._maps().to(self._device, non_blocking=True)
         self._copies.follow_computation()
-        for wave in range(min(self._blocks, len(self._waves))):
-            self._issue(wave)
+        self._next_layer, self._whole = layer, layer == 0
+        self._issue_free_blocks()
 
     def _fill_empty_slots(self, number: int, slot_of_E: list[int]) -> None:
         """Give slots that hold nothing to the first experts that have none."""
@@ -203,12 +226,17 @@ class Sweep:
             maps[number, list(wave.experts)] = torch.arange(len(wave.experts), dtype=torch.int32)
         return maps.pin_memory() if self._device.type == "cuda" else maps
 
+    def _issue_free_blocks(self) -> None:
+        while self._issued < min(len(self._waves), self._done + self._blocks):
+            self._issue(self._issued)
+            self._issued += 1
+
     def _issue(self, number: int) -> None:
         """Queue the copies of a wave behind the last use of its block."""
         wave, block = self._waves[number], number % self._blocks
-        target = self._layers[wave.layer].staging[block].rows_RB
+        target = self._layers[wave.layer].blocks[block].rows_RB
         source = self._pool_rows[wave.layer]
-        with self._copies.into(block, used=number >= self._blocks):
+        with self._copies.into(block):
             for expert, row, length in wave.runs():
                 target[row : row + length].copy_(
                     source[expert : expert + length], non_blocking=True
@@ -219,11 +247,10 @@ class Sweep:
         block = number % self._blocks
         self._copies.wait(block)
         row_of_E = self._row_of_WE[number, : part.spec.num_experts]
-        products.compute(row_of_E, part.staging[block].weights)
+        products.compute(row_of_E, part.blocks[block].weights)
         self._copies.free(block)
         self._done += 1
-        if number + self._blocks < len(self._waves):
-            self._issue(number + self._blocks)
+        self._issue_free_blocks()
 
     @staticmethod
     def _count(part: OffloadedLayer, ids_TK: Tensor, moved: int) -> None:

@@ -129,7 +129,7 @@ def test_a_graph_serves_other_routings(num_slots, pool_EB, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.step(*arguments, evict=True)
-    for seed in range(1, 200):
+    for seed in range(1, 1001):
         other = Inputs.draw(seed, device)
         inputs.copy_(other)
         graph.replay()

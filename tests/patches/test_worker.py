@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import vllm.v1.worker.cpu_worker
 import vllm.v1.worker.gpu_worker
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_moe_offload.engine import EngineStats
 from vllm_moe_offload.errors import OffloadError
@@ -15,11 +16,20 @@ COUNTS = EngineStats(
     staging_bytes=200, active=10, hits=6, misses=4, streamed=1, bytes_moved=1 << 30,
 )  # fmt: skip
 
+IDLE = SchedulerOutput.make_empty()
+
 
 class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
         self.config = SimpleNamespace(stats_interval_s=interval)
         self.warm_ups_forgotten = self.closed = 0
+        self.steps = []
+
+    def step_begins(self, num_tokens: int) -> None:
+        self.steps.append(("begins", num_tokens))
+
+    def step_ended(self, next_tokens: int) -> None:
+        self.steps.append(("ended", next_tokens))
 
     def stats(self) -> EngineStats:
         return COUNTS
@@ -37,6 +47,10 @@ def make_class() -> type:
     class Worker:
         def __init__(self, engines=()):
             self.to_load, self.calls = list(engines), []
+            self.vllm_config = SimpleNamespace(
+                compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
+                scheduler_config=SimpleNamespace(max_num_batched_tokens=100),
+            )
 
         def load_model(self, *, load_dummy_weights=False):
             self.calls.append("load_model")
@@ -179,7 +193,7 @@ def test_a_line_in_every_interval(clock):
     made = loaded(FakeEngine(interval=60))
     written = []
     for clock.now in (100.0, 159.9, 160.0, 161.0, 219.9, 220.0):
-        assert made.execute_model("step") == "step"
+        assert made.execute_model(IDLE) is IDLE
         written.append(len(clock.lines))
     assert written == [0, 0, 1, 1, 1, 2]
     assert clock.lines[0] == (
@@ -191,7 +205,7 @@ def test_a_line_in_every_interval(clock):
 def test_no_lines(clock):
     made = loaded(FakeEngine(interval=0))
     clock.now += 1e6
-    made.execute_model("step")
+    made.execute_model(scheduler_output=IDLE)
     assert clock.lines == []
 
 
@@ -225,3 +239,13 @@ def test_both_real_workers_are_patched(name):
 
 def test_sleep_of_the_real_worker_is_patched():
     assert hasattr(vllm.v1.worker.gpu_worker.Worker.sleep, _MARK)
+
+
+def test_engines_hear_of_steps_outside_graphs():
+    engine = FakeEngine()
+    made = loaded(engine)
+    for tokens in (8, 9):
+        step = SchedulerOutput.make_empty()
+        step.total_num_scheduled_tokens = tokens
+        made.execute_model(step)
+    assert engine.steps == [("begins", 0), ("ended", 0), ("begins", 9), ("ended", 0)]

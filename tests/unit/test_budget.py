@@ -81,7 +81,7 @@ def test_automatic_size_is_a_quarter():
 
 
 @given(demands, st.sampled_from([0, 0.25, 0.5, 1]), st.integers(0, 40))
-def test_staging_block_holds_a_row(layers, share, extra_rows):
+def test_staging_holds_two_rows(layers, share, extra_rows):
     automatic = plan_budget(layers, config(cache_fraction=share))
     streaming = [
         layer.row_bytes
@@ -89,24 +89,25 @@ def test_staging_block_holds_a_row(layers, share, extra_rows):
         if count < layer.num_experts
     ]
     if not streaming:
-        assert automatic.staging_block_bytes == 0
+        assert (automatic.staging_bytes, automatic.largest_staged_row) == (0, 0)
         return
-    assert max(streaming) <= automatic.staging_block_bytes
-    assert automatic.staging_block_bytes <= max(AUTO_STAGING_BYTES, *streaming)
-    block = max(streaming) * (1 + extra_rows)
-    given_size = plan_budget(layers, config(cache_fraction=share, staging_mb=2 * block / MIB))
-    assert given_size.staging_block_bytes == block
-    assert given_size.device_bytes == given_size.slot_bytes + 2 * block
+    largest = max(streaming)
+    assert automatic.largest_staged_row == largest
+    assert 2 * largest <= automatic.staging_bytes <= max(AUTO_STAGING_BYTES, 2 * largest)
+    size = largest * (2 + extra_rows)
+    given_size = plan_budget(layers, config(cache_fraction=share, staging_mb=size / MIB))
+    assert given_size.staging_bytes == size
+    assert given_size.device_bytes == given_size.slot_bytes + size
 
 
 def test_automatic_staging_has_no_more_rows_than_experts():
-    assert plan_budget(layers((4, PAGE)), config()).staging_block_bytes == 4 * PAGE
-    assert plan_budget(layers((64, PAGE)), config()).staging_block_bytes == 16 * PAGE
+    assert plan_budget(layers((4, PAGE)), config()).staging_bytes == 4 * PAGE
+    assert plan_budget(layers((1, PAGE)), config(cache_fraction=0)).staging_bytes == 2 * PAGE
 
 
 def test_no_staging_if_all_experts_have_slots():
     budget = plan_budget(layers((8, PAGE)), config(cache_fraction=1, staging_mb=1e-6))
-    assert budget.staging_block_bytes == 0
+    assert budget.staging_bytes == 0
     assert budget.device_bytes == budget.slot_bytes == 8 * PAGE
 
 
@@ -118,12 +119,15 @@ def test_staging_too_small(layers, share):
         plan_budget(layers, config(cache_fraction=0, staging_mb=staging_mb))
     message = str(error.value)
     assert f"staging_mb = {staging_mb}: " in message
-    assert f"one expert of {largest / MIB:.1f} MiB" in message
+    assert f"two experts of {largest / MIB:.1f} MiB each" in message
     enough = re.search(r"Give at least (\d+), or auto", message)[1]
     plan_budget(layers, config(cache_fraction=0, staging_mb=enough))
 
 
-BUDGET = Budget(slots=(4,), pool_bytes=32 * GIB, slot_bytes=8 * GIB, staging_block_bytes=GIB)
+BUDGET = Budget(
+    slots=(4,), pool_bytes=32 * GIB, slot_bytes=8 * GIB, staging_bytes=2 * GIB,
+    largest_staged_row=GIB,
+)  # fmt: skip
 
 
 def check(available: int, free: int, *, on_host: bool = False, **options) -> None:

@@ -488,8 +488,8 @@ def test_pool_larger_than_the_host(monkeypatch):
     assert "raise the container's limit" in message
 
 
-def test_staging_too_small_for_one_expert(monkeypatch):
+def test_staging_too_small_for_two_experts(monkeypatch):
     message = refused_plan(monkeypatch, 1 << 40, staging_mb=1.5)
     assert "staging_mb = 1.5: " in message
-    assert "one expert of 1.0 MiB" in message
+    assert "two experts of 1.0 MiB each" in message
     assert "Give at least 2, or auto" in message

@@ -109,7 +109,7 @@ def test_command_line_has_real_options(capsys, moe):
     others = large["gpu"]["needed_bytes"] - large["gpu"]["slot_bytes"]
     gpu_gb = (others + 50 * large["row_bytes"]) / GPU_UTILISATION / GIB
     answer = plan_json(capsys, *arguments, "--gpu-gb", gpu_gb)
-    assert answer["slots_per_layer"] == 4  # of the 50 rows, staging takes twice 16
+    assert answer["slots_per_layer"] == 8  # of the 50 rows, staging takes 16
     words = shlex.split(answer["serve"])
     assert words[:5] == ["vllm", "serve", str(moe), "--plugin", "moe-offload"]
     options = {word.removeprefix("--").replace("-", "_") for word in words[5::2]}

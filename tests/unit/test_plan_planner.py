@@ -70,7 +70,7 @@ def test_qwen3_on_a_small_machine():
     assert small.kv_bytes == 4 * 8192 * 48 * 2 * 4 * 128 * 2
     assert small.budget.pool_bytes == 48 * 128 * PARAMETERS * 2  # the row needs no padding
     free = int(24 * GIB * 0.92) - 2 * GIB - small.kv_bytes - 3 * GIB // 2
-    free -= 2 * small.budget.staging_block_bytes
+    free -= small.budget.staging_bytes
     assert small.slots_per_layer == free // (48 * PARAMETERS * 2)
     assert small.gpu_usable - 48 * PARAMETERS * 2 < small.gpu_needed <= small.gpu_usable
     assert smallest_changes(small) == []
@@ -111,7 +111,7 @@ def test_all_in_slots():
     large = plan(gpu_bytes=140 * GIB)
     assert large.fits
     assert large.all_in_slots
-    assert (large.slots_per_layer, large.budget.staging_block_bytes) == (128, 0)
+    assert (large.slots_per_layer, large.budget.staging_bytes) == (128, 0)
     assert "--moe-offload-cache-fraction 1 " in serve_command(large)
     assert prefill_tokens_per_s(large, 2048) is None
 
@@ -176,7 +176,7 @@ def test_fewer_and_shorter_sequences():
 
 
 def test_fewer_and_shorter_at_once():
-    texts = check_changes(plan(gpu_bytes=9 * GIB // 2, concurrency=8, max_model_len=32768))
+    texts = check_changes(plan(gpu_bytes=39 * GIB // 8, concurrency=8, max_model_len=32768))
     assert texts[0].startswith("--concurrency 1 instead of 8 and --max-model-len ")
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.staging import Staging
+from vllm_moe_offload.staging import MAX_BLOCKS, Staging, rows_of
 
 PAGE = 4096
 HOST = torch.device("cpu")
@@ -17,24 +17,37 @@ def layout(pages: int) -> ExpertLayout:
     [(6, 1, 99, 6), (6, 2, 99, 3), (6, 4, 99, 1), (6, 1, 4, 4), (6, 7, 99, 0), (0, 1, 99, 0)],
 )
 def test_rows_of_a_block(block_pages, row_pages, limit, count):
-    staging = Staging(block_pages * PAGE, HOST)
-    rows = staging.rows(1, layout(row_pages), limit=limit)
+    block = torch.empty(block_pages * PAGE, dtype=torch.uint8)
+    rows = rows_of(block, layout(row_pages), limit=limit)
     assert rows.shape == (count, row_pages * PAGE)
     assert rows.is_contiguous()
 
 
-def test_two_blocks_of_their_own():
-    staging = Staging(2 * PAGE, HOST)
-    assert len(staging.blocks) == Staging.NUM_BLOCKS == 2
-    assert staging.num_bytes == 4 * PAGE
-    first, second = (staging.rows(block, layout(1), limit=9) for block in range(2))
-    first.fill_(1)
-    second.fill_(2)
-    assert int(first.sum()) == 2 * PAGE
-    assert int(second.sum()) == 4 * PAGE
+@pytest.mark.parametrize(
+    ("pages", "row_pages", "blocks"),
+    [(2, 1, 2), (3, 1, 3), (99, 1, MAX_BLOCKS), (5, 2, 2), (7, 2, 3), (0, 0, 2)],
+)
+def test_every_block_holds_the_largest_row(pages, row_pages, blocks):
+    staging = Staging(pages * PAGE, row_pages * PAGE, HOST)
+    assert len(staging.blocks) == blocks
+    assert len(staging.halves) == 2
+    for block in (*staging.blocks, *staging.halves):
+        assert block.numel() >= row_pages * PAGE
+        assert block.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("cut", ["halves", "blocks"])
+def test_no_two_blocks_share_a_byte(cut):
+    staging = Staging(23 * PAGE, 2 * PAGE, HOST)
+    staging.buffer.zero_()
+    blocks = getattr(staging, cut)
+    for block in blocks:
+        block.add_(1)
+    assert int(staging.buffer.max()) == 1
+    assert int(staging.buffer.sum()) == sum(block.numel() for block in blocks)
 
 
 def test_layers_share_a_block():
-    staging = Staging(4 * PAGE, HOST)
-    narrow, wide = (staging.rows(0, layout(pages), limit=9) for pages in (1, 2))
-    assert narrow.data_ptr() == wide.data_ptr() == staging.blocks[0].data_ptr()
+    staging = Staging(8 * PAGE, 2 * PAGE, HOST)
+    narrow, wide = (rows_of(staging.blocks[0], layout(pages), limit=9) for pages in (1, 2))
+    assert narrow.data_ptr() == wide.data_ptr() == staging.buffer.data_ptr()

@@ -73,7 +73,7 @@ def test_runs_are_as_long_as_they_can_be(experts):
 
 
 def build(share: float, monkeypatch) -> OffloadEngine:
-    """Three layers of different sizes; staging holds two experts a block."""
+    """Three layers of different sizes; staging holds four experts, a sweep's blocks one."""
     monkeypatch.setattr(engine_module, "operations_for", lambda _device: TORCH)
     layout = ExpertLayout.pack(
         [
@@ -84,7 +84,7 @@ def build(share: float, monkeypatch) -> OffloadEngine:
     options = {"cache_fraction": share, "staging_mb": 4 * layout.row_bytes / 2**20}
     engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device("cpu"))
     for number, experts in enumerate(EXPERTS):
-        engine.add_layer(LayerSpec(str(number), experts, layout, Activation("silu")))
+        engine.add_layer(LayerSpec(str(number), experts, layout, Activation("silu"), top_k=3))
     engine.plan()
     generator = torch.Generator().manual_seed(0)
     for segment in engine.pool.segments:
@@ -92,8 +92,7 @@ def build(share: float, monkeypatch) -> OffloadEngine:
             view.normal_(generator=generator)
     engine.finish_loading()
     engine.arena.buffer.fill_(255)  # NaN in every slot
-    for block in engine.staging.blocks:
-        block.fill_(255)
+    engine.staging.buffer.fill_(255)
     return engine
 
 
@@ -173,3 +172,77 @@ def test_a_sweep_may_begin_at_any_layer(monkeypatch):
     for layer in (1, 2, 0, 2):
         tensors = inputs(0, layer)
         assert torch.equal(sweep.run(layer, *tensors), other.run(layer, *tensors))
+
+
+def begun(sweep: Sweep) -> set[int]:
+    """Layers whose experts are in staging ahead of their computation."""
+    return {wave.layer for wave in sweep._waves[sweep._done : sweep._issued]}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_copies_begin_before_the_first_layer_and_follow_the_last(share, monkeypatch):
+    engine, other = build(share, monkeypatch), build(share, monkeypatch)
+    sweep = sweep_of(engine)
+    sweep.begin()
+    for step in range(3):
+        sweep.begin()  # follow has done it already
+        assert share == 1.0 or begun(sweep) == {0}
+        for layer in range(len(EXPERTS)):
+            tensors = inputs(step, layer)
+            assert torch.equal(sweep.run(layer, *tensors), other.run(layer, *tensors))
+        assert begun(sweep) == set()
+        sweep.follow()
+    sweep.settle()
+    assert_consistent(engine)
+
+
+def test_nothing_follows_a_part_of_a_step(monkeypatch):
+    engine = build(0.3, monkeypatch)
+    sweep = sweep_of(engine)
+    sweep.follow()
+    assert begun(sweep) == set()
+    sweep.run(0, *inputs(0, 0))
+    sweep.follow()
+    assert begun(sweep) != {0}
+    for layer in (1, 2):
+        sweep.run(layer, *inputs(0, layer))
+    sweep.settle()  # residency may change from here on
+    sweep.follow()
+    assert begun(sweep) == set()
+    for layer in (1, 2):  # from the second layer on is not a whole step
+        sweep.run(layer, *inputs(1, layer))
+    sweep.follow()
+    assert begun(sweep) == set()
+
+
+def test_copies_of_no_use_are_counted(monkeypatch):
+    engine = build(0.3, monkeypatch)
+    sweep = sweep_of(engine)
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(0, layer))
+    sweep.follow()
+    engine.reset_stats()
+    ahead = sweep._issued
+    sweep.settle()
+    assert ahead == 4  # blocks of one expert
+    assert engine.stats().bytes_moved == ahead * engine.specs[0].layout.row_bytes
+
+
+def test_an_engine_looks_ahead_where_it_is_sure_of_a_sweep(monkeypatch):
+    engine = build(0.3, monkeypatch)
+    engine._sweep = sweep = sweep_of(engine)
+    sure = -(-16 * max(EXPERTS) // 3)  # tokens that make 16 pairs an expert
+    for tokens in (0, sure - 1):
+        engine.step_begins(tokens)
+        assert begun(sweep) == set()
+    engine.step_begins(sure)
+    assert begun(sweep) == {0}
+    engine.step_begins(0)
+    assert begun(sweep) == set()
+    engine.step_begins(sure)
+    for layer in range(len(EXPERTS)):
+        sweep.run(layer, *inputs(0, layer))
+    engine.step_ended(sure - 1)
+    assert begun(sweep) == set()
+    engine.step_ended(sure)
+    assert begun(sweep) == {0}

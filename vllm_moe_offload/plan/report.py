@@ -59,7 +59,7 @@ def _gpu_memory(plan: Plan) -> dict[str, int]:
         "resident_weights_bytes": plan.resident_bytes,
         "kv_cache_bytes": plan.kv_bytes,
         "reserve_bytes": plan.reserve_bytes,
-        "staging_bytes": 2 * plan.budget.staging_block_bytes,
+        "staging_bytes": plan.budget.staging_bytes,
         "slot_bytes": plan.budget.slot_bytes,
         "needed_bytes": plan.gpu_needed,
         "usable_bytes": plan.gpu_usable,
@@ -186,7 +186,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("GPU: reserve for activations and CUDA graphs", _gib(plan.reserve_bytes))
     if plan.offloaded:
         slots = f"{plan.slots_per_layer} of {plan.model.num_experts} experts a layer"
-        table.add_row("GPU: staging", _gib(2 * budget.staging_block_bytes))
+        table.add_row("GPU: staging", _gib(budget.staging_bytes))
         table.add_row(f"GPU: slots at start, {slots}", _gib(budget.slot_bytes))
     usable = f"of {_gib(plan.gpu_usable)} that vLLM uses of {_gib(request.gpu_bytes)}"
     table.add_row(f"GPU: in all, {usable}", _gib(plan.gpu_needed), end_section=True)
