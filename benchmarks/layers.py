@@ -206,7 +206,7 @@ def resolve_time(engine: Any, tokens: int) -> float:
 
     ids = uniform(1, tokens)[0]
     part = engine._layers[0]
-    order = AdaptiveEviction([EXPERTS], [EXPERTS], DEVICE).order(0)
+    order = AdaptiveEviction([EXPERTS], [EXPERTS], DEVICE, part.operations).order(0)
     residency = Residency(EXPERTS, EXPERTS, DEVICE, order)
     tables, work, do = residency.tables, residency.work, part.operations
     lists = None
@@ -225,9 +225,11 @@ def resolve_time(engine: Any, tokens: int) -> float:
 def learn_time(num_layers: int) -> float:
     """Seconds a step of what eviction learns from it, a quarter of the experts in slots."""
     from vllm_moe_offload.eviction import AdaptiveEviction
+    from vllm_moe_offload.kernels.operations import operations_for
     from vllm_moe_offload.kernels.resolve import Use
 
-    eviction = AdaptiveEviction([EXPERTS] * num_layers, [EXPERTS // 4] * num_layers, DEVICE)
+    experts, slots = [EXPERTS] * num_layers, [EXPERTS // 4] * num_layers
+    eviction = AdaptiveEviction(experts, slots, DEVICE, operations_for(DEVICE))
     use = Use.ACTIVE * (torch.rand(num_layers, EXPERTS, device=DEVICE) < TOP_K / EXPERTS)
 
     def note() -> None:

@@ -363,7 +363,8 @@ def empty_slots(engine: Any) -> None:
         for name, tensor in vars(residency.tables).items():
             if hasattr(tensor, "copy_"):
                 tensor.copy_(getattr(fresh, name))
-    engine.forget_warm_up()
+    engine.forget_routing()
+    engine.reset_stats()
 
 
 KINDS = {

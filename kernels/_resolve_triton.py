@@ -55,20 +55,21 @@ def replace(
     return num_loads
 
 
-@triton.jit(do_not_specialize=["num_ids", "S"])
+@triton.jit(do_not_specialize=["num_ids", "S", "num_logged"])
 def resolve_kernel(
     ids, num_ids,
     slot_of_E, expert_of_S, stamp_of_S, clock, S,
     load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
     rank, rank_stride, rank_row, use,
     sorted_pair, expert_of_block, num_blocks,
+    chosen, log, num_logged,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
     COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """See ``resolve``.
 
-    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair`` where the
-    pairs need not be sorted.
+    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair`` and ``log``
+    where that part is not wanted.
     """
     expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
@@ -121,6 +122,12 @@ def resolve_kernel(
             count_E, first_E, blocks_E, num_ids, sorted_pair, expert_of_block, num_blocks, BLOCK_M
         )
         place_pairs(ids, 0, num_ids, first_E * BLOCK_M, sorted_pair, E, E2, RANK_CHUNK)
+
+    if log is not None:
+        for first in range(0, num_logged, COUNT_CHUNK):
+            pair = first + tl.arange(0, COUNT_CHUNK)
+            kept = tl.load(chosen + pair, mask=pair < num_logged, other=0)
+            tl.store(log + pair, kept.to(tl.int16), mask=pair < num_logged)
 
     # Every thread has read the clock before any thread moves it.
     tl.debug_barrier()

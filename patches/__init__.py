@@ -23,6 +23,7 @@ SEAMS = {
     "model_loader": "vllm.model_executor.model_loader.base_loader",
     "worker": "vllm.v1.worker.gpu_worker",
     "cpu_worker": "vllm.v1.worker.cpu_worker",
+    "metrics": "vllm.entrypoints.serve.instrumentator.metrics",
 }
 """Module here and module of vLLM that it changes."""
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_moe_offload.kernels.candidates import EXPERT_BITS, FIRST, HIT, LRU
+from vllm_moe_offload.kernels.candidates import EXPERT_BITS, FIRST, HIT, LRU, MAX_AGE
 from vllm_moe_offload.kernels.learn import AS_LRU, ORDERS, AdaptiveTables, Standing
-from vllm_moe_offload.kernels.operations import operations_for
+from vllm_moe_offload.kernels.operations import Operations
 from vllm_moe_offload.kernels.resolve import EvictionOrder
 
 
@@ -20,14 +20,19 @@ class AdaptiveEviction:
         num_experts: local experts of each layer.
         num_slots: slots of each layer.
         device: where the tables live.
+        operations: what runs there.
     """
 
     def __init__(
-        self, num_experts: Sequence[int], num_slots: Sequence[int], device: torch.device
+        self,
+        num_experts: Sequence[int],
+        num_slots: Sequence[int],
+        device: torch.device,
+        operations: Operations,
     ) -> None:
         self.tables = AdaptiveTables.empty(num_experts, num_slots, device)
         self._num_experts = list(num_experts)
-        self._learn = operations_for(device).learn
+        self._learn = operations.learn
 
     def order(self, layer: int) -> EvictionOrder:
         """What the residency of a layer shares with the policy."""
@@ -40,6 +45,20 @@ class AdaptiveEviction:
     def forget(self) -> None:
         """Start to learn anew; residency stays."""
         self.tables.forget()
+
+    def note_fill(self, layer: int, experts: torch.Tensor) -> None:
+        """Note that these experts, and no others, were put into the slots of a layer.
+
+        Args:
+            layer: its number.
+            experts: int32 on the device. As in residency the first counts as the most recently
+                used, and LRU's cache is filled alike.
+        """
+        age = 1 + torch.arange(experts.numel(), dtype=torch.int32, device=experts.device)
+        rank_RE = self.tables.rank_LRE[layer]
+        rank_RE[LRU, experts.long()] = ((MAX_AGE - age) << EXPERT_BITS) | experts
+        rank_RE[AS_LRU] = rank_RE[LRU]
+        self.tables.held_LE[layer] &= (1 << AS_LRU) - 1
 
     def check_integrity(self) -> None:
         """Raise unless ranks, LRU's cache, averages and the balance are such as can be."""

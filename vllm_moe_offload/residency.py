@@ -1,8 +1,10 @@
 """Residency: which expert of a layer sits in which of its slots."""
 
 import torch
+from torch import Tensor
 
 from vllm_moe_offload.kernels.resolve import (
+    NEVER,
     NOWHERE,
     Counter,
     EvictionOrder,
@@ -49,6 +51,29 @@ class Residency:
     def num_resident(self) -> int:
         """Experts that have a slot now; waits for the device."""
         return int((self.tables.expert_of_S != NOWHERE).sum())
+
+    def fill(self, experts: Tensor) -> None:
+        """Give the first slots to these experts and empty the others; list the experts as loads.
+
+        Args:
+            experts: int32 on the device, each once, no more than there are slots. The first
+                counts as the most recently used.
+        """
+        tables, work, count = self.tables, self.work, experts.numel()
+        assert count <= self.num_slots, f"{count} experts, {self.num_slots} slots"
+        slots = torch.arange(count, dtype=torch.int32, device=experts.device)
+        tables.slot_of_E.fill_(NOWHERE)
+        tables.expert_of_S.fill_(NOWHERE)
+        tables.stamp_S.fill_(NEVER)
+        # As if the experts had been read in the last steps, one in each.
+        tables.clock.add_(count)
+        tables.slot_of_E[experts.long()] = slots
+        tables.expert_of_S[:count] = experts
+        tables.stamp_S[:count] = tables.clock - 1 - slots
+        work.load_expert_E[:count] = experts
+        work.load_slot_E[:count] = slots
+        work.num_loads.fill_(count)
+        work.counters[Counter.SURPLUS] += count
 
     def check_integrity(self) -> None:
         """Raise unless the two maps are inverse and the counters add up."""

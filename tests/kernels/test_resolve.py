@@ -18,6 +18,7 @@ from vllm_moe_offload.kernels.resolve import (
     NEVER,
     NOWHERE,
     EvictionOrder,
+    IdLog,
     ResidencyTables,
     WorkList,
     resolve,
@@ -126,10 +127,10 @@ def assert_same_dispatch(lists: Dispatch, expected: Dispatch) -> None:
 def test_resolve_follows_the_order(device):
     # The newest goes first here, and the ranks fit no 16 bits.
     case = Case(1, 8, 3, 9, (1, 1), 0.0, torch.int64, True, ordered=True)
-    tables, work = random_tables(case, device), WorkList.empty(8, device)
+    tables = ResidencyTables.empty(8, 3, device, random_order(case, device))
+    work = WorkList.empty(8, device)
     for expert in (0, 1, 2):
-        tables.slot_of_E[expert], tables.expert_of_S[expert] = expert, expert
-    tables.stamp_S.copy_(torch.tensor([1, 2, 3]))
+        resolve(torch.tensor([[expert]], device=device), tables, work, evict=True)
     tables.order.row.fill_(2)
     tables.order.rank_RE[2, :3] = torch.tensor([2**30, 2**29, 7])
     resolve(torch.tensor([[5]], device=device), tables, work, evict=True)
@@ -228,6 +229,39 @@ def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
     resolve_torch(ids_TK, expected_tables, expected_work, evict=True, dispatch=expected)
     assert_same_dispatch(lists, expected)
     assert int(work.counters[0]) == int(expected_work.counters[0])
+
+
+@pytest.mark.parametrize("room", [40, 3, 0], ids=["room", "little", "none"])
+@given(case=cases())
+def test_resolve_also_logs_ids(case, room, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
+    ids_TK = routed(case, device)
+    # What the router chose is more than what this worker holds.
+    chosen_TK = torch.where(ids_TK < 0, 30_000, ids_TK + 7)
+    log_TK = torch.full((room, case.shape[1]), POISON, dtype=torch.int16, device=device)
+    expected_TK = log_TK.clone()
+    resolve(ids_TK, tables, work, evict=case.evict, log=IdLog(chosen_TK, log_TK))
+    resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict,
+                  log=IdLog(chosen_TK, expected_TK))  # fmt: skip
+    assert_same(tables, work, expected_tables, expected_work)
+    assert torch.equal(log_TK, expected_TK)
+    kept = min(room, case.shape[0])
+    assert torch.equal(log_TK[:kept], chosen_TK[:kept].short())
+    assert bool((log_TK[kept:] == POISON).all())
+
+
+def test_resolve_logs_ids_in_chunks(device):
+    case = Case(0, 64, 8, 0, (90, 4), 0.1, torch.int64, True)
+    torch.manual_seed(0)
+    tables, work = random_tables(case, device), WorkList.empty(64, device)
+    ids_TK = routed(case, device)
+    log_TK = torch.full((100, 4), POISON, dtype=torch.int16, device=device)
+    with mock.patch.object(module, "COUNT_CHUNK", 128):
+        resolve(ids_TK, tables, work, evict=True, log=IdLog(ids_TK, log_TK))
+    assert torch.equal(log_TK[:90], ids_TK.short())
+    assert bool((log_TK[90:] == POISON).all())
 
 
 @given(

@@ -15,6 +15,7 @@ from traces import RECORDED, random_trace, trace_of
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.candidates import HIT, LRU
 from vllm_moe_offload.kernels.learn import AS_LRU, Standing
+from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.kernels.resolve import resolve_torch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.simulate.replay import replay, slots_of
@@ -24,19 +25,13 @@ from vllm_moe_offload.trace import load
 HOST = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    """Take the specification, also where Triton's interpreter is switched on for other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        yield
-
-
 class Layers:
     """Residency of some layers under the policy, without weights."""
 
     def __init__(self, experts: list[int], slots: list[int], policy: str = "adaptive") -> None:
-        self.eviction = AdaptiveEviction(experts, slots, HOST) if policy == "adaptive" else None
+        self.eviction = (
+            AdaptiveEviction(experts, slots, HOST, TORCH) if policy == "adaptive" else None
+        )
         self.residency = [
             Residency(e, s, HOST, self.eviction.order(layer) if self.eviction else None)
             for layer, (e, s) in enumerate(zip(experts, slots, strict=True))
@@ -195,6 +190,30 @@ def test_without_credit_it_is_lru(run):
         if any(len(ids_TK.unique()) > s for ids_TK, s in zip(ids_LTK, run.slots, strict=True)):
             continue  # more experts than slots: who was streamed counts as used here, not there
         ours.eviction.tables.standing[Standing.BALANCE] = -HIT * 10_000
+        for layers in (ours, lru):
+            layers.step(ids_LTK)
+        for layer in range(len(run.experts)):
+            assert ours.resident(layer) == lru.resident(layer)
+
+
+@given(runs(), st.data())
+def test_filled_slots_are_given_up_as_under_lru(run, data):
+    """A fill is no gain and no loss: what it puts into the slots LRU would hold as well."""
+    ours, lru = Layers(run.experts, run.slots), Layers(run.experts, run.slots, "lru")
+    for _, ids_LTK in run.steps[:5]:
+        ours.step(ids_LTK)
+    for layer, (experts, slots) in enumerate(zip(run.experts, run.slots, strict=True)):
+        hottest = data.draw(st.permutations(range(experts)))[:slots]
+        hottest = torch.tensor(hottest, dtype=torch.int32)
+        for layers in (ours, lru):
+            layers.residency[layer].fill(hottest)
+        ours.eviction.note_fill(layer, hottest)
+    ours.check_integrity()
+    for _, ids_LTK in run.steps[5:]:
+        if any(len(ids_TK.unique()) > s for ids_TK, s in zip(ids_LTK, run.slots, strict=True)):
+            continue  # as above
+        ours.eviction.tables.standing[Standing.BALANCE] = -HIT * 10_000
+        ours.eviction.tables.row_L.fill_(AS_LRU)
         for layers in (ours, lru):
             layers.step(ids_LTK)
         for layer in range(len(run.experts)):
