@@ -169,7 +169,7 @@ def simulated_hits(path: Path, tokens: int) -> dict[float, int]:
         sequence_starts=np.minimum(whole.sequence_starts, min(tokens, whole.num_tokens)),
         is_decode=None,
     )
-    found = replay(beginning, "lru", TRACE_SHARES)
+    found = replay(beginning, "default", TRACE_SHARES)
     return {share: int(hits) for share, hits in zip(TRACE_SHARES, found.hits_C, strict=True)}
 
 

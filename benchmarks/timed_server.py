@@ -354,7 +354,7 @@ def replay_trace(job: dict[str, Any], folder: Path, talk: Talk) -> None:
 
 
 def empty_slots(engine: Any) -> None:
-    """Make an engine forget who is resident and what it counted."""
+    """Make an engine forget who is resident, what it counted and what eviction has learned."""
     for layer in range(len(engine.specs)):
         residency = engine.residency(layer)
         fresh = type(residency.tables).empty(
@@ -363,6 +363,7 @@ def empty_slots(engine: Any) -> None:
         for name, tensor in vars(residency.tables).items():
             if hasattr(tensor, "copy_"):
                 tensor.copy_(getattr(fresh, name))
+    engine.forget_routing()
     engine.reset_stats()
 
 

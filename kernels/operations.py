@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 
-from vllm_moe_offload.kernels import expert_mlp, gather, resolve
+from vllm_moe_offload.kernels import expert_mlp, gather, learn, resolve
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one layer's step, with the contracts of their torch forms."""
+    """The operations of a step, with the contracts of their torch forms."""
 
     resolve: Callable[..., None]
     wave_map: Callable[..., None]
     gather: Callable[..., None]
     expert_mlp: Callable[..., None]
     combine: Callable[..., None]
+    learn: Callable[..., None]
     sorts_pairs: bool
     """Whether the products want their pairs sorted by expert, which resolve then does."""
 
@@ -35,6 +36,7 @@ TORCH = Operations(
     gather=gather.gather_torch,
     expert_mlp=expert_mlp.expert_mlp_torch,
     combine=expert_mlp.combine_torch,
+    learn=learn.learn_torch,
     sorts_pairs=False,
 )
 
@@ -44,6 +46,7 @@ TRITON = Operations(
     gather=gather.gather,
     expert_mlp=expert_mlp.expert_mlp,
     combine=expert_mlp.combine,
+    learn=learn.learn,
     sorts_pairs=True,
 )
 

@@ -25,6 +25,7 @@ _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
     "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds, 0 to write no statistics",
     "trace_path": "Give a directory that vLLM may write to, or leave it out to record nothing",
@@ -51,6 +52,11 @@ class MoeOffloadConfig(BaseModel):
         default="auto",
         description="GPU memory in MiB through which experts without a slot pass; auto sizes "
         "it by the model.",
+    )
+    policy: Literal["adaptive", "lru"] = Field(
+        default="adaptive",
+        description="Which experts leave their slots first: the least recently used (lru), or "
+        "what learns from every step and falls back to lru (adaptive).",
     )
     layers: str = Field(
         default="all",

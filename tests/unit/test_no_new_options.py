@@ -6,6 +6,7 @@ OPTIONS = {
     "gpu_gb": "auto",
     "cache_fraction": None,
     "staging_mb": "auto",
+    "policy": "adaptive",
     "layers": "all",
     "stats_interval_s": 60.0,
     "trace_path": None,
