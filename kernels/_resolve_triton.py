@@ -102,7 +102,7 @@ def resolve_kernel(
             read_S = tl.gather(count_E, tl.maximum(expert_S, 0), 0) > 0
             free_S = (stamp_S < now) & ~(read_S & (expert_S >= 0))
         else:
-            free_S = expert_S < 0
+            free_S = expert_S == -1
         num_loads = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
             slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert,

@@ -17,9 +17,14 @@ from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 NOWHERE = -1
 """Marks an expert without a slot, a slot without an expert, and an inactive routed id."""
 
+CLOSED = -2
+"""Marks a slot whose memory serves another purpose now: it holds no expert and takes none."""
+
 NEVER = -1
 """Stamp of a slot that was never read: older than every step."""
 
+FOREVER = (1 << 63) - 1
+"""Stamp of a closed slot: newer than every step, so that it is nobody's victim."""
 
 MAX_SLOTS = 1024
 MAX_EXPERTS = 1024
@@ -59,13 +64,15 @@ class EvictionOrder:
     The resident of the lowest rank goes first: ``rank_RE`` (int32, from 0 up, no two of a row the
     same) holds several orders, of which row ``row`` (int32, one element) counts. Resolve only
     reads them. It writes ``use_E`` (int8, ``Use``) in steps that may evict. ``slot_of_E`` (int32)
-    is the layer's table of slots, kept with the policy so that it sees all layers at once.
+    is the layer's table of slots, kept with the policy so that it sees all layers at once;
+    ``num_slots`` (int32, one element) says how many of them are open.
     """
 
     rank_RE: Tensor
     row: Tensor
     use_E: Tensor
     slot_of_E: Tensor
+    num_slots: Tensor
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.kernels.resolve import NOWHERE, Counter
+from vllm_moe_offload.kernels.resolve import Counter
 from vllm_moe_offload.offloaded_layer import OffloadedLayer
 
 READINGS = 8
@@ -74,7 +74,7 @@ class Counters:
         expert_of_S = tables.split([layer.residency.num_slots for layer in self._layers])
         values_LC = counters.view(len(self._layers), len(Counter)).tolist()
         return [
-            _counts(layer, values, int((slots != NOWHERE).sum()))
+            _counts(layer, values, int((slots >= 0).sum()))
             for layer, values, slots in zip(self._layers, values_LC, expert_of_S, strict=True)
         ]
 

@@ -23,10 +23,11 @@ from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.operations import operations_for
-from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
+from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
+from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -122,6 +123,8 @@ class OffloadEngine:
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(demands, self.config)
         self._check(budget)
+        rows = [segment.rows_EB for segment in self.pool.segments]
+        populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
         self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
         if self._log_tokens:
@@ -158,7 +161,7 @@ class OffloadEngine:
             routing = layer.spec.routing
             assert routing is not None
             local_E = np.asarray(score_E)[list(routing.id_of_E)]
-            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_slots]
+            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
             experts = hottest[local_E[hottest] > 0].astype(np.int32)
             on_device = torch.from_numpy(experts).to(self.device)
             layer.fill(on_device)
@@ -291,7 +294,7 @@ class OffloadEngine:
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
-            slots = (expert_of_S != NOWHERE).nonzero().flatten()
+            slots = (expert_of_S >= 0).nonzero().flatten()
             held = layer.slots.rows_RB[slots.to(self.device)].cpu()
             assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
                 f"a slot of {segment.name} does not hold the expert that its table says"

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from vllm_moe_offload.kernels import resolve as module
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.resolve import (
+    CLOSED,
+    FOREVER,
     NEVER,
     NOWHERE,
     EvictionOrder,
@@ -78,11 +80,12 @@ def random_order(case: Case, device: torch.device) -> EvictionOrder:
         row=torch.randint(rows, (1,)).int().to(device),
         use_E=torch.full((experts,), POISON, dtype=torch.int8, device=device),
         slot_of_E=torch.full((experts,), POISON, dtype=torch.int32, device=device),
+        num_slots=torch.full((1,), POISON, dtype=torch.int32, device=device),
     )
 
 
 def random_tables(case: Case, device: torch.device) -> ResidencyTables:
-    """Fill some slots with experts, at times close together, equal and long past."""
+    """Fill some slots with experts, at times close together, equal and long past; close some."""
     order = random_order(case, device) if case.ordered else None
     tables = ResidencyTables.empty(case.num_experts, case.num_slots, device, order)
     count = case.num_slots if case.seed % 2 else int(torch.randint(case.num_slots + 1, ()))
@@ -93,6 +96,9 @@ def random_tables(case: Case, device: torch.device) -> ResidencyTables:
     ages = torch.randint(1, 5, (count,)).to(device) * (2**33 if case.clock > 2**36 else 1)
     tables.stamp_S[slots] = (case.clock - ages).clamp(min=NEVER)
     tables.clock.fill_(case.clock)
+    closed = (tables.expert_of_S == NOWHERE) & (torch.rand(case.num_slots) < 0.5).to(device)
+    tables.expert_of_S[closed] = CLOSED
+    tables.stamp_S[closed] = FOREVER
     return tables
 
 
