@@ -107,11 +107,11 @@ def learn_layers_kernel(
     recency_E = tl.load(rank + (layer * R + LRU) * E + expert, mask=inside, other=0)
     num_slots = tl.load(slots + layer)
 
-    # As long as LRU's cache has empty slots it is the real one.
+    # Where LRU's cache has empty slots, or slots have opened or closed, it is the real one.
     active_E, cached_E = (use_E & 1) != 0, (use_E & 2) != 0
     num_active = count(active_E)
     lru_E = held_E >> AS_LRU != 0
-    lru_E = tl.where((count(lru_E) < num_slots) & (num_active > 0), cached_E, lru_E)
+    lru_E = tl.where((count(lru_E) != num_slots) & (num_active > 0), cached_E, lru_E)
     held_E = (held_E & VOTERS) | (lru_E.to(tl.int32) << AS_LRU)
     read_E = tl.where(active_E, held_E, 0)
     hits_R = tl.sum((read_E[None, :] >> row[:, None]) & 1, 1)

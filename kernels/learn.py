@@ -76,7 +76,7 @@ class AdaptiveTables:
     """Device state of the policy. Layers with fewer than E experts leave the end of a row alone.
 
     What resolve shares, see ``EvictionOrder``: ``slot_of_LE``, ``use_LE``, ``rank_LRE`` and
-    ``row_L``. ``slots_L`` (int32) may be changed between steps.
+    ``row_L``, and ``slots_L`` (int32), the slots that are open.
 
     ``average_LFE`` (float32) holds the averages of an expert's use, faded for the next step;
     ``held_LE`` (int32) has bit ``m`` set where candidate ``m`` would hold an expert, and bit
@@ -158,6 +158,7 @@ class AdaptiveTables:
             use_E=self.use_LE[layer, :num_experts],
             rank_RE=self.rank_LRE[layer, :, :num_experts],
             row=self.row_L[layer : layer + 1],
+            num_slots=self.slots_L[layer : layer + 1],
         )
 
 
@@ -196,11 +197,12 @@ def _adopted(tables: AdaptiveTables, cached_LE: Tensor, reads_L1: Tensor) -> Ten
     """LRU's cache before the step, [L, E].
 
     As long as it has empty slots it has evicted nobody, and neither has the real one, so both
-    hold the same; a sweep may have added to the real one.
+    hold the same; a sweep may have added to the real one. And slots that open or close would do
+    so under LRU too.
     """
     lru_LE = _bit(tables.held_LE, AS_LRU)
-    has_room_L1 = lru_LE.sum(1, keepdim=True) < tables.slots_L[:, None]
-    return torch.where(has_room_L1 & reads_L1, cached_LE, lru_LE)
+    fits_L1 = lru_LE.sum(1, keepdim=True) == tables.slots_L[:, None]
+    return torch.where(fits_L1 | ~reads_L1, lru_LE, cached_LE)
 
 
 def _bit(held_LE: Tensor, bit: int) -> Tensor:

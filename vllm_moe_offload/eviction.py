@@ -18,7 +18,7 @@ class AdaptiveEviction:
 
     Args:
         num_experts: local experts of each layer.
-        num_slots: slots of each layer.
+        num_slots: slots of each layer, all of them open.
         device: where the tables live.
         operations: what runs there.
     """
@@ -31,7 +31,7 @@ class AdaptiveEviction:
         operations: Operations,
     ) -> None:
         self.tables = AdaptiveTables.empty(num_experts, num_slots, device)
-        self._num_experts = list(num_experts)
+        self._num_experts, self._num_slots = list(num_experts), list(num_slots)
         self._learn = operations.learn
 
     def order(self, layer: int) -> EvictionOrder:
@@ -68,7 +68,9 @@ class AdaptiveEviction:
         assert bool((ranked == expert_E).all()), "a rank is not that of its expert"
         assert bool((tables.rank_LRE >= 0).all()), "a rank is below that of an empty slot"
         lru_LE = (tables.held_LE >> AS_LRU) & 1
-        assert bool((lru_LE.sum(1) <= tables.slots_L).all()), "LRU's cache outgrows the slots"
+        # It learns of slots that have closed with the next step, as does the balance below.
+        slots_L = torch.tensor(self._num_slots, device=lru_LE.device)
+        assert bool((lru_LE.sum(1) <= slots_L).all()), "LRU's cache outgrows the slots"
         as_lru_LE = tables.rank_LRE[:, LRU] + FIRST * lru_LE
         assert torch.equal(tables.rank_LRE[:, AS_LRU].long(), as_lru_LE.long())
         for held_E, experts in zip(tables.held_LE, self._num_experts, strict=True):
@@ -76,5 +78,5 @@ class AdaptiveEviction:
         average = tables.average_LFE
         assert bool(((average >= 0) & (average <= 1)).all()), "an average is out of range"
         assert bool(((tables.row_L >= 0) & (tables.row_L < ORDERS)).all()), "there is no such order"
-        ceiling = HIT * (int(tables.slots_L.sum()) + tables.num_layers)
+        ceiling = HIT * (sum(self._num_slots) + tables.num_layers)
         assert int(tables.standing[Standing.BALANCE]) <= ceiling, "the balance is above its ceiling"

@@ -79,6 +79,8 @@ class Residency:
             tables.expert_of_S[opened] = NOWHERE
             tables.stamp_S[opened] = NEVER
         self.first_open = first
+        if tables.order is not None:
+            tables.order.num_slots.fill_(self.num_open)
 
     def fill(self, experts: Tensor) -> None:
         """Give the first open slots to these experts, empty the others, list the experts as loads.

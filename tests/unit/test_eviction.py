@@ -16,7 +16,7 @@ from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.candidates import HIT, LRU
 from vllm_moe_offload.kernels.learn import AS_LRU, Standing
 from vllm_moe_offload.kernels.operations import TORCH
-from vllm_moe_offload.kernels.resolve import resolve_torch
+from vllm_moe_offload.kernels.resolve import CLOSED, NOWHERE, resolve_torch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule
@@ -44,7 +44,7 @@ class Layers:
             self.eviction.learn()
 
     def resident(self, layer: int = 0) -> set[int]:
-        return set(self.residency[layer].tables.expert_of_S.tolist()) - {-1}
+        return set(self.residency[layer].tables.expert_of_S.tolist()) - {NOWHERE, CLOSED}
 
     def count(self, name: str) -> int:
         return sum(residency.counts()[name] for residency in self.residency)
@@ -299,18 +299,35 @@ def test_forgetting_keeps_residents():
     layers.check_integrity()
 
 
-@pytest.mark.parametrize("slots", [1, 5])
-def test_slots_may_change_between_steps(slots):
-    """The policy takes the new number from its table, in whichever direction."""
-    layers = Layers([12, 12], [3, 3])
+@given(
+    steps=st.lists(
+        st.lists(st.integers(0, 11), min_size=1, max_size=3) | st.integers(0, 6), max_size=40
+    )
+)
+def test_slots_may_open_and_close(steps):
+    layers = Layers([12, 12], [6, 6])
+    layers.eviction.tables.standing[Standing.BALANCE] = 14 * HIT
+    for what in steps:
+        if isinstance(what, int):
+            for residency in layers.residency:
+                residency.open_from(what)
+        else:
+            layers.step([[what]] * 2)
+            lru_L = ((layers.eviction.tables.held_LE >> AS_LRU) & 1).sum(1)
+            assert lru_L.tolist() == [len(layers.resident(layer)) for layer in range(2)]
+        layers.check_integrity()
+
+
+def test_closing_slots_is_no_loss():
+    """LRU would have had to give them up as well."""
+    layers = Layers([12, 12], [6, 6])
     for step in range(20):
-        layers.step(hot_and_cold(step))
-    tables = layers.eviction.tables
-    tables.slots_L.fill_(slots)
-    for step in range(20, 60):
-        layers.step(hot_and_cold(step))
-    assert ((tables.held_LE >> AS_LRU) & 1).sum(1).tolist() == [min(slots, 3)] * 2 or slots > 3
-    assert ((tables.held_LE & 1).sum(1) == slots).all()
+        layers.step([[list(range(step % 2, step % 2 + 6))]] * 2)
+    for residency in layers.residency:
+        residency.open_from(3)
+    before = layers.balance
+    layers.step([[[0, 1, 2]]] * 2)
+    assert before <= layers.balance < before + HIT
 
 
 def spoil(layers: Layers, kind: str) -> None:
