@@ -87,7 +87,7 @@ class ExpertFormat:
             if self.global_scale:
                 yield f"{name}_global", (halves,), torch.float32
             if self.inputs == "static":
-                yield f"{name}_input", (1,), torch.float32
+                yield f"{name}_input", (), torch.float32
             if bias is not None:
                 yield f"{name}_bias", (rows,), bias
 
@@ -98,7 +98,7 @@ class QuantisedMatrix:
 
     ``codes`` [S, N, C], ``scale`` [S, R, G] with uint8 for E8M0, ``zero`` [S, N bits / 8, G] with
     the codes of neighbouring n in a byte, ``global_scale`` [S, 1 or 2] for equal parts of N,
-    ``input_scale`` [S, 1], ``bias`` [S, N].
+    ``input_scale`` [S], ``bias`` [S, N].
     """
 
     codes: Tensor
@@ -107,51 +107,6 @@ class QuantisedMatrix:
     global_scale: Tensor | None = None
     input_scale: Tensor | None = None
     bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class QuantisedWeights:
-    """Both matrices of experts by row of a slot arena or a staging block."""
-
-    format: ExpertFormat
-    w13: QuantisedMatrix
-    w2: QuantisedMatrix
-
-    @classmethod
-    def of(cls, form: ExpertFormat, views: dict[str, Tensor]) -> "QuantisedWeights":
-        """Collect the tensors that ``ExpertFormat.tensors`` names."""
-
-        def matrix(name: str) -> QuantisedMatrix:
-            return QuantisedMatrix(
-                codes=views[f"{name}_weight"],
-                scale=views[f"{name}_scale"],
-                zero=views.get(f"{name}_zero"),
-                global_scale=views.get(f"{name}_global"),
-                input_scale=views.get(f"{name}_input"),
-                bias=views.get(f"{name}_bias"),
-            )
-
-        return cls(form, matrix("w13"), matrix("w2"))
-
-    @property
-    def num_rows(self) -> int:
-        """Experts that fit."""
-        return self.w13.codes.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Rows of the first matrix."""
-        return self.w13.codes.shape[1]
-
-    @property
-    def hidden(self) -> int:
-        """Rows of the second matrix, which is the size of the result."""
-        return self.w2.codes.shape[1]
-
-    @property
-    def intermediate(self) -> int:
-        """Terms of the second matrix."""
-        return self.w2.codes.shape[2] * 8 // self.format.bits
 
 
 def dequantise(matrix: QuantisedMatrix, form: ExpertFormat, row: int) -> Tensor:

@@ -30,10 +30,58 @@ from vllm_moe_offload.kernels.formats import (
     SMALLEST_TOKEN_SCALE,
     ExpertFormat,
     QuantisedMatrix,
-    QuantisedWeights,
     dequantise,
     quantise_torch,
 )
+
+
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """Both matrices of experts by row of a slot arena or a staging block."""
+
+    format: ExpertFormat
+    w13: QuantisedMatrix
+    w2: QuantisedMatrix
+
+    @classmethod
+    def of(cls, form: ExpertFormat, views: dict[str, Tensor]) -> "QuantisedWeights":
+        """Collect the tensors that ``ExpertFormat.tensors`` names."""
+
+        def matrix(name: str) -> QuantisedMatrix:
+            return QuantisedMatrix(
+                codes=views[f"{name}_weight"],
+                scale=views[f"{name}_scale"],
+                zero=views.get(f"{name}_zero"),
+                global_scale=views.get(f"{name}_global"),
+                input_scale=views.get(f"{name}_input"),
+                bias=views.get(f"{name}_bias"),
+            )
+
+        return cls(form, matrix("w13"), matrix("w2"))
+
+    @property
+    def num_rows(self) -> int:
+        """Experts that fit."""
+        return self.w13.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Rows of the first matrix."""
+        return self.w13.codes.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Rows of the second matrix, which is the size of the result."""
+        return self.w2.codes.shape[1]
+
+    @property
+    def intermediate(self) -> int:
+        """Terms of the second matrix."""
+        return self.w2.codes.shape[2] * 8 // self.format.bits
+
+    def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> TileConfig:
+        """Tiles for a layer's experts and a step's pairs, see ``quantised_tiles``."""
+        return quantised_tiles(self.format, num_experts, num_pairs, dtype)
 
 
 def quantised_tiles(
@@ -244,13 +292,17 @@ def _arguments(
     tensors = (
         codes, *codes.stride()[:2], *_rows_of(matrix.zero, 2), matrix.scale,
         *matrix.scale.stride()[:2], *_rows_of(matrix.global_scale, 1),
-        *_rows_of(matrix.input_scale, 1), *_rows_of(matrix.bias, 1),
+        *_rows_of(_column(matrix.input_scale), 1), *_rows_of(matrix.bias, 1),
     )  # fmt: skip
     return tensors, {
         "ELEMENTS": form.elements, "ZERO": form.midpoint,
         "SCALE_ROWS": form.scale_rows or rows // matrix.scale.shape[1],
         "SCALE_TERMS": scale_terms, "INPUTS": form.inputs or "none",
     }  # fmt: skip
+
+
+def _column(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[:, None]
 
 
 def _rows_of(tensor: Tensor | None, strides: int) -> tuple[Any, ...]:

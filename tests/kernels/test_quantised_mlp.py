@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
-from vllm_moe_offload.kernels.formats import ExpertFormat, QuantisedWeights, quantise_torch
+from vllm_moe_offload.kernels.formats import ExpertFormat, quantise_torch
 from vllm_moe_offload.kernels.quantised_mlp import (
+    QuantisedWeights,
     quantise_inputs,
     quantised_mlp,
     quantised_mlp_torch,

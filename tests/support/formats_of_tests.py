@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_moe_offload.kernels.formats import ExpertFormat, QuantisedWeights
+from vllm_moe_offload.kernels.formats import ExpertFormat
+from vllm_moe_offload.kernels.quantised_mlp import QuantisedWeights
 from vllm_moe_offload.layout import ExpertLayout
 
 _HALF = torch.float16
