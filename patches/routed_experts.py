@@ -39,13 +39,16 @@ def _get_quant_method(
         return original(self, prefix, quant_config, moe_config)
     if hasattr(moe_config, "require_decomposed_backend"):
         moe_config.require_decomposed_backend = True
+    on_gpu = moe_config.device.type == "cuda"
+    if quant_config is None and on_gpu:
+        moe_config.moe_backend = "triton"
     with own_products(quant_config), _refusing(prefix, quant_config):
         method = original(self, prefix, quant_config, moe_config)
     if offload_layer.is_quantised(method):
         offload_layer.offload_quantised(method, engine, prefix)
         return method
-    if moe_config.device.type == "cuda" and moe_config.moe_backend != "triton":
-        # Of the backends of unquantised experts one keeps routing outside everywhere.
+    if quant_config is not None and on_gpu:
+        # Its experts are not quantised. The backend for these means another one to quantised ones.
         moe_config.moe_backend = "triton"
         method = original(self, prefix, quant_config, moe_config)
     offload_layer.offload(method, engine, prefix, tuned_tiles(moe_config))
