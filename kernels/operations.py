@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vllm_moe_offload.kernels import expert_mlp, gather, learn, resolve
+from vllm_moe_offload.kernels import expert_mlp, gather, learn, quantised_mlp, resolve
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
+from vllm_moe_offload.kernels.formats import ExpertFormat
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,20 @@ class Operations:
     wave_map: Callable[..., None]
     gather: Callable[..., None]
     expert_mlp: Callable[..., None]
+    quantised_mlp: Callable[..., None]
     combine: Callable[..., None]
     learn: Callable[..., None]
     sorts_pairs: bool
     """Whether the products want their pairs sorted by expert, which resolve then does."""
+
+    def products(
+        self, form: ExpertFormat | None, x_TH: Tensor
+    ) -> tuple[Callable[..., None], dict[str, Any]]:
+        """The products of a format, and what they want prepared once a step."""
+        if form is None:
+            return self.expert_mlp, {}
+        inputs = {"inputs": quantised_mlp.quantise_inputs(x_TH, form)} if self.sorts_pairs else {}
+        return self.quantised_mlp, inputs
 
     def sorted_for(self, tiles: TileConfig | None, lists: Dispatch | None) -> dict[str, Any]:
         """Arguments that hand a step's sorted pairs to ``expert_mlp``."""
@@ -35,6 +47,7 @@ TORCH = Operations(
     wave_map=resolve.wave_map_torch,
     gather=gather.gather_torch,
     expert_mlp=expert_mlp.expert_mlp_torch,
+    quantised_mlp=quantised_mlp.quantised_mlp_torch,
     combine=expert_mlp.combine_torch,
     learn=learn.learn_torch,
     sorts_pairs=False,
@@ -45,6 +58,7 @@ TRITON = Operations(
     wave_map=resolve.wave_map,
     gather=gather.gather,
     expert_mlp=expert_mlp.expert_mlp,
+    quantised_mlp=quantised_mlp.quantised_mlp,
     combine=expert_mlp.combine,
     learn=learn.learn,
     sorts_pairs=True,

@@ -112,7 +112,8 @@ class OffloadEngine:
         """
         assert self.budget is None, "layers are added before the budget is planned"
         self.specs.append(spec)
-        return len(self.specs) - 1, self.pool.add(spec.name, spec.layout, spec.num_experts)
+        segment = self.pool.add(spec.name, spec.layout, spec.num_experts, spec.filled_as)
+        return len(self.specs) - 1, segment
 
     def plan(self) -> Budget:
         """Decide slots and staging, check that everything fits, allocate them.
@@ -356,7 +357,7 @@ class OffloadEngine:
         return OffloadedLayer(
             spec=spec,
             pool_rows_EB=segment.device_rows(self.device),
-            slots=Block.of(spec.layout, slots),
+            slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
             residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
@@ -368,7 +369,7 @@ class OffloadEngine:
     @staticmethod
     def _staged(spec: LayerSpec, blocks: Sequence[Tensor]) -> tuple[Block, ...]:
         layout, limit = spec.layout, spec.num_experts
-        return tuple(Block.of(layout, rows_of(block, layout, limit=limit)) for block in blocks)
+        return tuple(Block.of(spec, rows_of(block, layout, limit=limit)) for block in blocks)
 
 
 def describe(engine: OffloadEngine) -> str:
