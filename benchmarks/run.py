@@ -7,7 +7,8 @@
 ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
-``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. Every
+``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. ``quant``:
+quantised experts beside stock vLLM's backends; ``--only`` names its shapes. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
 share their processes. The file is written after each process; ``--only`` measures some of them
@@ -46,6 +47,8 @@ def main() -> int:
     if args.plot:
         print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
         return 0
+    if args.suite == ["quant"]:
+        return quantised(args)
     jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
@@ -63,6 +66,18 @@ def main() -> int:
     return 1 if failed or report.failures(result["processes"]) else 0
 
 
+def quantised(args: argparse.Namespace) -> int:
+    """Measure the suite of quantised experts, which has shapes and judges of its own."""
+    import quant
+    from machine import provenance
+
+    names = args.only or quant.real_shapes()
+    result = quant.measure(args.out, names, args.option, provenance(args.commit))
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Jobs of a suite, on the shape that was asked for or on the suite's own."""
     shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
@@ -74,7 +89,9 @@ def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "trace"], default=["engine"])
+    parser.add_argument(
+        "--suite", nargs="+", choices=[*SUITES, "trace", "quant"], default=["engine"]
+    )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--commit", help="revision, where the tree has no repository")
@@ -100,6 +117,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
+    if "quant" in args.suite and args.suite != ["quant"]:
+        parser.error("the suite quant runs alone")
     if "trace" in args.suite and not (args.trace or args.render or args.plot):
         parser.error("the suite trace needs --trace")
     if not (args.out or args.render or args.plot or args.list):
