@@ -70,6 +70,13 @@ def store_faded(average_of_E, fade_of, average_E, mask):
 
 
 @triton.jit
+def adopt(lru_E, cached_E, num_slots, num_active):
+    """Return LRU's cache before the step: the real one unless both are exactly full."""
+    is_full = (count(lru_E) == num_slots) & (count(cached_E) == num_slots)
+    return tl.where(is_full | (num_active == 0), lru_E, cached_E)
+
+
+@triton.jit
 def admit(active_E, lru_E, num_slots):
     """Return who comes into LRU's cache, who may have to leave it, and how many of these stay."""
     missing_E, evictable_E = active_E & ~lru_E, lru_E & ~active_E
@@ -107,11 +114,9 @@ def learn_layers_kernel(
     recency_E = tl.load(rank + (layer * R + LRU) * E + expert, mask=inside, other=0)
     num_slots = tl.load(slots + layer)
 
-    # Where LRU's cache has empty slots, or slots have opened or closed, it is the real one.
     active_E, cached_E = (use_E & 1) != 0, (use_E & 2) != 0
     num_active = count(active_E)
-    lru_E = held_E >> AS_LRU != 0
-    lru_E = tl.where((count(lru_E) != num_slots) & (num_active > 0), cached_E, lru_E)
+    lru_E = adopt(held_E >> AS_LRU != 0, cached_E, num_slots, num_active)
     held_E = (held_E & VOTERS) | (lru_E.to(tl.int32) << AS_LRU)
     read_E = tl.where(active_E, held_E, 0)
     hits_R = tl.sum((read_E[None, :] >> row[:, None]) & 1, 1)

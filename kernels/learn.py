@@ -198,11 +198,14 @@ def _adopted(tables: AdaptiveTables, cached_LE: Tensor, reads_L1: Tensor) -> Ten
 
     As long as it has empty slots it has evicted nobody, and neither has the real one, so both
     hold the same; a sweep may have added to the real one. And slots that open or close would do
-    so under LRU too.
+    so under LRU too. So it is the real one unless both are exactly full.
     """
     lru_LE = _bit(tables.held_LE, AS_LRU)
-    fits_L1 = lru_LE.sum(1, keepdim=True) == tables.slots_L[:, None]
-    return torch.where(fits_L1 | ~reads_L1, lru_LE, cached_LE)
+    slots_L1 = tables.slots_L[:, None]
+    full_L1 = (lru_LE.sum(1, keepdim=True) == slots_L1) & (
+        cached_LE.sum(1, keepdim=True) == slots_L1
+    )
+    return torch.where(full_L1 | ~reads_L1, lru_LE, cached_LE)
 
 
 def _bit(held_LE: Tensor, bit: int) -> Tensor:

@@ -90,6 +90,9 @@ def random_use(case: Case) -> torch.Tensor:
     active_LE = (torch.rand(inside_LE.shape) < case.activity) & inside_LE
     active_LE &= torch.rand(inside_LE.shape[0])[:, None] < 0.8
     resident_LE = (torch.rand(inside_LE.shape) < 0.5) & inside_LE
+    # Of every other layer as many as there are slots, if it has them.
+    full_LE = torch.rand(inside_LE.shape).argsort(1) < torch.tensor(case.slots)[:, None]
+    resident_LE[::2] = (full_LE & inside_LE)[::2]
     return (Use.ACTIVE * active_LE + Use.RESIDENT * resident_LE).to(torch.int8)
 
 

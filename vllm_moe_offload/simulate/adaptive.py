@@ -81,6 +81,7 @@ class AdaptivePolicy:
         return price_CL <= self._balance_C[:, None]
 
     def _adopt(self, resident_CLE: Bools) -> None:
+        """No slot opens or closes here, so the real cache is full if LRU's is."""
         full_CL = self._lru_CLE.sum(-1) == self._slots_C[:, None]
         if not full_CL.all():
             self._lru_CLE = np.where(full_CL[..., None], self._lru_CLE, resident_CLE)
