@@ -63,7 +63,7 @@ class PeakMemory:
         self._pid = pid
         self._idle_gpu = idle_gpu_bytes
         self._available = meminfo()["MemAvailable"]
-        self._quiet = threading.Event()
+        self._look = threading.Lock()
         self._end = threading.Event()
         self.gpu_bytes = self.host_bytes = self.host_taken_bytes = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -79,12 +79,9 @@ class PeakMemory:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Leave the processes alone while they are timed, and look right after."""
-        self._quiet.set()
-        try:
+        with self._look:
             yield
-        finally:
             self._look_at_host()
-            self._quiet.clear()
 
     def as_dict(self) -> dict[str, int]:
         """All figures by name."""
@@ -96,8 +93,11 @@ class PeakMemory:
         while not self._end.wait(pause):
             self.gpu_bytes = max(self.gpu_bytes, gpu_bytes() - self._idle_gpu)
             start = time.monotonic()
-            if not self._quiet.is_set():
-                self._look_at_host()
+            if self._look.acquire(blocking=False):
+                try:
+                    self._look_at_host()
+                finally:
+                    self._look.release()
             pause = max(_INTERVAL_S, _COST * (time.monotonic() - start))
 
     def _look_at_host(self) -> None:

@@ -68,6 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--short-prompt", type=_count, default=32, help="tokens of the prompts that are decoded")
     add("--new-tokens", type=_count, default=64, help="tokens that they are continued by")
     add("--repeats", type=_count, default=4, help="long prompts; the first does not count")
+    add("--rounds", type=_count, default=3, help="times that each batch is sent; median counts")
     add("--start-limit-s", type=float, default=900, help="seconds until a system is ready")
     add("--disk-gb", type=float, default=60, help="what checkpoints may take of the disk")
     add("--work", type=Path, help="folder for them; they are removed at the end")
@@ -118,7 +119,12 @@ def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> dict[str, An
     for number, peer in enumerate(peers):
         print(f"[{number + 1} of {len(peers)}] {peer.name}", flush=True)
         row, replies = measure(
-            peer, setup, questions, start_limit_s=args.start_limit_s, idle_gpu_bytes=idle
+            peer,
+            setup,
+            questions,
+            rounds=args.rounds,
+            start_limit_s=args.start_limit_s,
+            idle_gpu_bytes=idle,
         )
         if peer.name == all_peers()[0].name:
             reference, row["is_reference"] = replies, True
