@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
 from vllm_moe_offload.kernels.learn import AdaptiveTables
 from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList
+
+sys.path += [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parent)]
 
 HOST = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -185,9 +188,18 @@ def run_expert_mlp() -> None:
         torch.testing.assert_close(y.cpu(), total, rtol=tolerance, atol=tolerance)
 
 
+def run_quantised() -> None:
+    """Experts in fp8 blocks, whose inputs are rounded too; tests compare the results."""
+    import test_quantised_engine as quantised
+
+    form = quantised.FORMATS["fp8 block"]
+    for share in (0, 1):
+        quantised.run(form, share, [quantised.draw(4, DEVICE)], DEVICE)
+
+
 def runs() -> Iterator[Any]:
     """Everything there is to run."""
-    yield from (run_dispatch, run_resolve, run_learn, run_gather, run_expert_mlp)
+    yield from (run_dispatch, run_resolve, run_learn, run_gather, run_expert_mlp, run_quantised)
 
 
 def main() -> int:
