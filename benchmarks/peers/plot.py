@@ -26,7 +26,7 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
         values = [row["decode_tokens_per_s"][str(batch)] or 0 for row in rows]
         offsets = [place - 0.4 + height * (number + 0.5) for place in places]
         rates.barh(offsets, values, height, label=f"batch {batch}")
-    waits.barh(places, [row["first_token_s"] * 1e3 for row in rows], 0.6, color="grey")
+    waits.barh(places, [(row["first_token_s"] or 0) * 1e3 for row in rows], 0.6, color="grey")
     rates.set_yticks(places, [row["system"] for row in rows])
     rates.invert_yaxis()
     rates.set_xlabel("decoded tokens/s")
