@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,10 @@ Sizes = tuple[int, ...]
 _SLACK = 1 << 22
 """Random values beyond the largest tensor, within which tensors begin at different places."""
 
-_WRITERS = 4
+_DRAWN = (1 << 24) + 3
+"""Random values that are drawn; longer tensors repeat them, never row for row as it is odd."""
+
+_WRITERS = min(8, len(os.sched_getaffinity(0)))
 """Files written at once; each is in memory meanwhile."""
 
 
@@ -101,7 +105,7 @@ def make(shape: Shape, dtype: str, folder: Path, *, disk_bytes: int, copies: int
     """Write a checkpoint of random weights with its tokenizer.
 
     All tensors are pieces of one random sequence that begin at different places: they differ from
-    each other, and cost no more than copying.
+    each other, and cost little more than copying.
 
     Args:
         shape: its sizes.
@@ -129,7 +133,8 @@ def make(shape: Shape, dtype: str, folder: Path, *, disk_bytes: int, copies: int
     deviation = 1.7 / math.sqrt(config["hidden_size"])  # spreads the logits: no ties
     longest = max(math.prod(sizes) for shard in shards for _, sizes in shard)
     source = torch.Generator().manual_seed(0)
-    values = torch.empty(longest + _SLACK, dtype=kind).normal_(0, deviation, generator=source)
+    drawn = torch.empty(_DRAWN).normal_(0, deviation, generator=source).to(kind)
+    values = drawn.repeat(-(-(longest + _SLACK) // _DRAWN))
     with ThreadPoolExecutor(_WRITERS) as pool:
         list(pool.map(lambda n: _write(folder, n, shards, values, deviation), range(len(shards))))
     _write_index(folder, shards, needed // copies)

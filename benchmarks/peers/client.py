@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import httpx  # vLLM's server depends on it
 
 _TIMEOUT_S = 900.0
+_TICK_S = 0.002
+_LAG_LIMIT = 0.15
 
 
 class PeerError(RuntimeError):
@@ -134,19 +136,44 @@ class Reply:
         return self.first_s - self.sent_s
 
 
-def decode_tokens_per_s(replies: Sequence[Reply]) -> float | None:
-    """Tokens a second of requests sent together, without the wait for the first token.
+@dataclass(frozen=True)
+class Round:
+    """The answers to prompts that were sent together.
 
-    All tokens but those that came first of each request, over the time from the first token of
-    any to the last of all. So a server that takes fewer sequences at once than were sent has the
-    later prompts counted against it. None where a single event brought everything.
+    Args:
+        replies: one a prompt.
+        lag_s: the longest time in which this client, ready to read, did not run: what came
+            meanwhile seems to have come late, and all at once.
     """
-    span = max(r.last_s for r in replies) - min(r.first_s for r in replies)
-    tokens = sum(r.num_tokens - r.tokens_in_first for r in replies)
-    return tokens / span if span > 0 and tokens > 0 else None
+
+    replies: Sequence[Reply]
+    lag_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        """Mean time to the first token."""
+        return sum(r.first_token_s for r in self.replies) / len(self.replies)
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens a second, without the wait for the first token.
+
+        All tokens but those that came first of each request, over the time from the first token
+        of any to the last of all. So a server that takes fewer sequences at once than were sent
+        has the later prompts counted against it. None where one event brought everything.
+        """
+        span = max(r.last_s for r in self.replies) - min(r.first_s for r in self.replies)
+        tokens = sum(r.num_tokens - r.tokens_in_first for r in self.replies)
+        return tokens / span if span > 0 and tokens > 0 else None
+
+    @property
+    def is_punctual(self) -> bool:
+        """Whether the client's lag is small beside what it timed."""
+        span = max(r.last_s for r in self.replies) - min(r.sent_s for r in self.replies)
+        return self.lag_s <= _LAG_LIMIT * span
 
 
-def ask(url: str, dialect: Dialect, prompts: Sequence[Prompt], max_tokens: int) -> list[Reply]:
+def ask(url: str, dialect: Dialect, prompts: Sequence[Prompt], max_tokens: int) -> Round:
     """Send all prompts at once and wait for all answers.
 
     Raises:
@@ -158,15 +185,26 @@ def ask(url: str, dialect: Dialect, prompts: Sequence[Prompt], max_tokens: int) 
         raise PeerError(f"did not answer: {error!r}") from error
 
 
-async def _ask_all(
-    url: str, dialect: Dialect, prompts: Sequence[Prompt], max_tokens: int
-) -> list[Reply]:
+async def _ask_all(url: str, dialect: Dialect, prompts: Sequence[Prompt], max_tokens: int) -> Round:
     limits = httpx.Limits(max_connections=None)
+    lags = [0.0]
     async with httpx.AsyncClient(
         base_url=url, timeout=_TIMEOUT_S, limits=limits, trust_env=False
     ) as client:
-        asked = (_ask(client, dialect, prompt, max_tokens) for prompt in prompts)
-        return list(await asyncio.gather(*asked))
+        watch = asyncio.create_task(_watch_lag(lags))
+        try:
+            asked = (_ask(client, dialect, prompt, max_tokens) for prompt in prompts)
+            replies = await asyncio.gather(*asked)
+        finally:
+            watch.cancel()
+    return Round(replies, max(lags))
+
+
+async def _watch_lag(lags: list[float]) -> None:
+    while True:
+        start = time.perf_counter()
+        await asyncio.sleep(_TICK_S)
+        lags.append(time.perf_counter() - start - _TICK_S)
 
 
 async def _ask(

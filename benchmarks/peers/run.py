@@ -33,6 +33,8 @@ from peers.prompts import prompts
 from peers.systems import all_peers
 from vllm_moe_offload.errors import OffloadError
 
+_LONG_PROMPTS = 8
+
 
 def main() -> int:
     """Measure the systems and write the file; or print one."""
@@ -67,8 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--long-prompt", type=_count, help="tokens of the prompt whose first token is timed")
     add("--short-prompt", type=_count, default=32, help="tokens of the prompts that are decoded")
     add("--new-tokens", type=_count, default=64, help="tokens that they are continued by")
-    add("--repeats", type=_count, default=4, help="long prompts; the first does not count")
-    add("--rounds", type=_count, default=3, help="times that each batch is sent; median counts")
+    add("--rounds", type=_count, default=3, help="times that all is timed; the median counts")
     add("--start-limit-s", type=float, default=900, help="seconds until a system is ready")
     add("--disk-gb", type=float, default=60, help="what checkpoints may take of the disk")
     add("--work", type=Path, help="folder for them; they are removed at the end")
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> dict[str, An
         setup.shape, setup.dtype, setup.checkpoint,
         disk_bytes=int(args.disk_gb * 1e9), copies=1 + needs_gguf,
     )  # fmt: skip
-    questions = questions_for(setup, args.repeats)
+    questions = questions_for(setup)
     result: dict[str, Any] = {
         **provenance(args.commit),
         "shape_name": args.shape,
@@ -161,7 +162,7 @@ def gpu_bytes_known() -> bool:
     return torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
 
 
-def questions_for(setup: Setup, repeats: int) -> Questions:
+def questions_for(setup: Setup) -> Questions:
     """Prompts for all systems, encoded by the checkpoint's tokenizer."""
     from tokenizers import Tokenizer
 
@@ -171,7 +172,7 @@ def questions_for(setup: Setup, repeats: int) -> Questions:
         return prompts(lambda text: tokenizer.encode(text).ids, count, tokens, seed)
 
     return Questions(
-        long=make(repeats, setup.long_prompt, 1),
+        long=make(_LONG_PROMPTS, setup.long_prompt, 1),
         short=make(setup.largest_batch, setup.short_prompt, 2),
         warm_up=make(setup.largest_batch, setup.short_prompt, 3),
     )

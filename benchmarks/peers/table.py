@@ -7,6 +7,9 @@ from report import Cells, markdown_table
 
 GIB = 1 << 30
 
+_UNKNOWN = "machine too busy"
+"""The client did not get to run often enough to time anything."""
+
 
 def cells(result: dict[str, Any]) -> Cells:
     """The table, its head first."""
@@ -23,11 +26,12 @@ def _row(row: dict[str, Any], batches: Iterable[int], width: int) -> list[str]:
     if row["status"] != "measured":
         return [row["system"], row["status"], *[""] * (width - 2)]
     rates = (row["decode_tokens_per_s"][str(batch)] for batch in batches)
+    wait = row["first_token_s"]
     memory = (row[name] for name in ("gpu_bytes", "host_bytes", "host_taken_bytes"))
     return [
         row["system"],
-        f"{row['first_token_s'] * 1e3:.1f}",
-        *("" if rate is None else f"{rate:.1f}" for rate in rates),
+        _UNKNOWN if wait is None else f"{wait * 1e3:.1f}",
+        *(_UNKNOWN if rate is None else f"{rate:.1f}" for rate in rates),
         *(f"{size / GIB:.2f}" for size in memory),
         _agreement(row),
     ]
