@@ -19,6 +19,16 @@ from vllm_moe_offload.kernels._dispatch_triton import (
 
 
 @triton.jit
+def oldest_first(free_S, expert_S, stamp_S, E2: tl.constexpr, S2: tl.constexpr):
+    """Sort the free slots, the one to be given away first in front."""
+    # One key orders by stamp, then expert, then slot: the factors are powers of two, so the slot
+    # is its lowest bits, below a stamp of -1 too. 42 bits are left for the stamp.
+    age_S = stamp_S * (2 * E2) + (expert_S + 1)
+    key_S = tl.where(free_S, age_S * S2 + tl.arange(0, S2), 0x7FFFFFFFFFFFFFFF)
+    return (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+
+
+@triton.jit
 def replace(
     missing_E, num_missing, free_S, expert_S, stamp_S, now,
     slot_of_E, expert_of_S, stamp_of_S,
@@ -26,13 +36,9 @@ def replace(
     E2: tl.constexpr, S2: tl.constexpr,
 ):  # fmt: skip
     """Give the missing experts the free slots, oldest first; return how many got one."""
-    expert, slot = tl.arange(0, E2), tl.arange(0, S2)
+    expert = tl.arange(0, E2)
     num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
-    # One key orders by stamp, then expert, then slot: the factors are powers of two, so the slot
-    # is its lowest bits, below a stamp of -1 too. 42 bits are left for the stamp.
-    age_S = stamp_S * (2 * E2) + (expert_S + 1)
-    key_S = tl.where(free_S, age_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
-    victims = (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+    victims = oldest_first(free_S, expert_S, stamp_S, E2, S2)
 
     rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
     loaded_E = missing_E & (rank_E < num_loads)

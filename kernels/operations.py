@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_moe_offload.kernels import expert_mlp, gather, resolve
+from vllm_moe_offload.kernels import expert_mlp, gather, predict, prefetch, resolve
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 
@@ -21,6 +21,8 @@ class Operations:
     gather: Callable[..., None]
     expert_mlp: Callable[..., None]
     combine: Callable[..., None]
+    look_ahead: Callable[..., None]
+    learn_transitions: Callable[..., None]
     sorts_pairs: bool
     """Whether the products want their pairs sorted by expert, which resolve then does."""
 
@@ -35,6 +37,8 @@ TORCH = Operations(
     gather=gather.gather_torch,
     expert_mlp=expert_mlp.expert_mlp_torch,
     combine=expert_mlp.combine_torch,
+    look_ahead=prefetch.look_ahead_torch,
+    learn_transitions=predict.learn_transitions_torch,
     sorts_pairs=False,
 )
 
@@ -44,6 +48,8 @@ TRITON = Operations(
     gather=gather.gather,
     expert_mlp=expert_mlp.expert_mlp,
     combine=expert_mlp.combine,
+    look_ahead=prefetch.look_ahead,
+    learn_transitions=predict.learn_transitions,
     sorts_pairs=True,
 )
 
