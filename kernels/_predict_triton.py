@@ -13,6 +13,8 @@ FRACTION_BITS = tl.constexpr(fixed_point.FRACTION_BITS)
 FRACTIONS = tl.constexpr(1 << fixed_point.FRACTION_BITS)
 FRACTION_MASK = tl.constexpr((1 << fixed_point.FRACTION_BITS) - 1)
 ONE = tl.constexpr(fixed_point.ONE)
+ROUNDS = tl.constexpr(fixed_point.ROUNDS)
+PART_SHIFT = tl.constexpr(40 - fixed_point.ONE_BITS)
 HALF_SHIFT = tl.constexpr(fixed_point.HALF_SHIFT)
 LARGEST_SHIFT = tl.constexpr(fixed_point.LARGEST_SHIFT)
 LIMIT = tl.constexpr(fixed_point.LIMIT)
@@ -36,6 +38,20 @@ def power(down, powers):
 
 
 @triton.jit
+def share_out(weight, count):
+    """Give each expert its part of the count, at most one."""
+    is_full = weight < 0
+    part = weight.to(tl.int64)
+    for _ in tl.static_range(ROUNDS):
+        left = tl.where(is_full, 0, weight)
+        left_count = tl.maximum(count - tl.sum(is_full.to(tl.int32), 0), 0).to(tl.int64)
+        scale = (left_count << 40) // tl.maximum(tl.sum(left, 0), 1).to(tl.int64)
+        part = (left.to(tl.int64) * scale) >> PART_SHIFT
+        is_full = is_full | (part >= ONE)
+    return tl.where(is_full, ONE, part.to(tl.int32))
+
+
+@triton.jit
 def markov_demand(
     ids_K, evidence, bias, powers, E: tl.constexpr, E2: tl.constexpr, K: tl.constexpr
 ):
@@ -50,8 +66,7 @@ def markov_demand(
         logit += tl.load(row, mask=inside & (chosen >= 0), other=0).to(tl.int32)
         count += (chosen >= 0).to(tl.int32)
     weight = tl.where(inside, power(tl.max(logit, 0) - logit, powers), 0)
-    scale = (count.to(tl.int64) << 40) // tl.sum(weight, 0).to(tl.int64)
-    return tl.minimum((weight.to(tl.int64) * scale) >> 28, ONE).to(tl.int32)
+    return share_out(weight, count)
 
 
 @triton.jit
@@ -75,9 +90,8 @@ def eam_demand(
     similarity = product.to(tl.float32) * tl.load(inverse_norm + matrix)
     best = tl.argmax(tl.where(matrix < stored, similarity, -1.0), 0, tie_break_left=True)
     column = counts + (E + expert).to(tl.int64) * N + best
-    found = tl.load(column, mask=(expert < E) & (stored > 0), other=0).to(tl.int64)
-    total = tl.maximum(tl.sum(found, 0), 1)
-    return tl.minimum(found * count * ONE // total, ONE).to(tl.int32)
+    found = tl.load(column, mask=(expert < E) & (stored > 0), other=0).to(tl.int32)
+    return share_out(found, count)
 
 
 @triton.jit

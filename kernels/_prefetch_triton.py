@@ -89,7 +89,7 @@ def fetch(
         tl.store(slot_of_E + evicted, tl.full([E2], -1, tl.int32), mask=fetched & (evicted >= 0))
         tl.store(slot_of_E + of_guess, victim, mask=fetched)
         tl.store(expert_of_S + victim, of_guess, mask=fetched)
-        tl.store(stamp_of_S + victim, tl.zeros_like(victim).to(tl.int64) + now, mask=fetched)
+        tl.store(stamp_of_S + victim, tl.zeros_like(victim).to(tl.int64) + now - 1, mask=fetched)
         tl.store(load_expert + rank, of_guess, mask=fetched)
         tl.store(load_slot + rank, victim, mask=fetched)
         add_counter(counters, PREFETCHED, num_fetched)

@@ -3,13 +3,17 @@
 FRACTION_BITS = 8
 """Of a logarithm to base 2: a factor of 1.003 is told apart."""
 
-ONE = 1 << 12
+ONE_BITS = 12
+ONE = 1 << ONE_BITS
 """Demand for an expert that a token is sure to ask for."""
+
+ROUNDS = 3
+"""Times that what the surest experts cannot take is shared out among the others."""
 
 FULL_WEIGHT_BITS = 20
 """Weight of a token's likeliest expert; with 1024 experts the sum still fits 31 bits."""
 
-HALF_SHIFT = FULL_WEIGHT_BITS - (ONE.bit_length() - 1) + 1
+HALF_SHIFT = FULL_WEIGHT_BITS - ONE_BITS + 1
 """From a weight to half of a demand."""
 
 LARGEST_SHIFT = 31

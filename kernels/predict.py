@@ -23,10 +23,12 @@ from vllm_moe_offload.kernels.fixed_point import (
     LARGEST_SHIFT,
     LIMIT,
     ONE,
+    ONE_BITS,
     RECENT_BITS,
     RECENT_CHOICE_BITS,
     RECENT_FADE,
     RECENT_GAIN,
+    ROUNDS,
 )
 
 MAX_EXPERTS = 1 << EXPERT_BITS
@@ -90,9 +92,11 @@ def demand_torch(ids_TK: Tensor, source: Source, layer: int) -> Tensor:
     """Add up the tokens' expected demand for the experts of the layer after ``layer``.
 
     A token is expected to choose as many experts there as it chose here, each once. Markov and EAM
-    share them out in proportion. A gate's answer is nearly the choice itself: the K best experts
-    are wanted with one half or more, the more the further they are from the border between the
-    chosen and the others, as if that distance had Laplace noise of one binary order.
+    share them out in proportion; where an expert would get more than one, the others get the rest,
+    as in sampling with unequal probabilities without replacement. A gate's answer is nearly the
+    choice itself: the K best experts are wanted with one half or more, the more the further they
+    are from the border between the chosen and the others, as if that distance had Laplace noise of
+    one binary order.
 
     Args:
         ids_TK: routed local expert ids of ``layer``; negative ones are inactive.
@@ -108,13 +112,22 @@ def demand_torch(ids_TK: Tensor, source: Source, layer: int) -> Tensor:
         demand_TE = _by_margin(source, ids_TK.shape[1])
     elif isinstance(source, MarkovTables):
         weight_TE = _weights(_markov_logits(ids_TK, source, layer), source.powers)
-        scale_T1 = (count_T1 << 40) // weight_TE.sum(1, keepdim=True)
-        demand_TE = ((weight_TE * scale_T1) >> 28).clamp(max=ONE)
+        demand_TE = _share_out(weight_TE, count_T1)
     else:
-        counts_TE = _matched_counts(ids_TK, source, layer)
-        total_T1 = counts_TE.sum(1, keepdim=True).clamp(min=1)
-        demand_TE = (counts_TE * count_T1 * ONE // total_T1).clamp(max=ONE)
+        demand_TE = _share_out(_matched_counts(ids_TK, source, layer), count_T1)
     return torch.where(count_T1 > 0, demand_TE, 0).sum(0).int()
+
+
+def _share_out(weight_TE: Tensor, count_T1: Tensor) -> Tensor:
+    """Give each expert its part of the count, at most one, int64 [T, E]."""
+    is_full_TE = torch.zeros_like(weight_TE, dtype=torch.bool)
+    for _ in range(ROUNDS):
+        left_TE = torch.where(is_full_TE, 0, weight_TE)
+        left_T1 = (count_T1 - is_full_TE.sum(1, keepdim=True)).clamp(min=0)
+        scale_T1 = (left_T1 << 40) // left_TE.sum(1, keepdim=True).clamp(min=1)
+        part_TE = (left_TE * scale_T1) >> (40 - ONE_BITS)
+        is_full_TE |= part_TE >= ONE
+    return torch.where(is_full_TE, ONE, part_TE)
 
 
 def _markov_logits(ids_TK: Tensor, tables: MarkovTables, layer: int) -> Tensor:

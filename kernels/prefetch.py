@@ -76,8 +76,9 @@ def look_ahead_torch(
     layer reads are its guess. Those of the guess that have no slot and a demand of ``LEAST_DEMAND``
     get one, up to the number of rows; they take empty slots and those of residents that are not
     guessed, in the order in which resolve would, so none of more demand goes. Their slots are
-    stamped as if read in the coming step, which so evicts none of them, and the loads are listed
-    in the following layer's work list until its own resolve overwrites it.
+    stamped as if read in the layer's last step: the coming one evicts them after all others. The
+    loads are listed in the following layer's work list until its own resolve overwrites it, so
+    they must have been made by then.
 
     Args:
         ids_TK: routed local expert ids of this layer; negative ones are inactive.
@@ -131,6 +132,7 @@ def _fetch(guess: Tensor, demand_E: Tensor, following: LayerAhead, rows: int) ->
     slots = slots[(expert_of < 0) | ~guessed_E[expert_of.clamp(min=0)]]
     count = min(rows, absent.numel(), slots.numel())
     assign(tables, absent[:count], slots[:count])
+    tables.stamp_S[slots[:count]] = tables.clock - 1
     write_entries(work.load_expert_E, work.num_loads, absent[:count])
     write_entries(work.load_slot_E, work.num_loads, slots[:count])
     following.ahead_E[absent[:count]] = Ahead.GUESSED | Ahead.FETCHED

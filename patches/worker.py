@@ -73,7 +73,7 @@ def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     schedule = args[0] if args else kwargs["scheduler_output"]
     tokens = self.moe_offload_lookahead.tokens_outside_graphs(schedule)
     for engine in engines:
-        engine.step_begins(tokens)
+        engine.step_begins(tokens, schedule.total_num_scheduled_tokens)
     result = original(self, *args, **kwargs)
     next_tokens = self.moe_offload_lookahead.next_tokens(schedule)
     for engine in engines:
@@ -86,10 +86,17 @@ def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs
     return result
 
 
-def _stats(self: Any) -> dict[str, int] | None:
-    """Counts of this worker since warm-up, None if nothing is offloaded."""
+def _stats(self: Any) -> dict[str, Any] | None:
+    """Counts of this worker since warm-up, None if nothing is offloaded.
+
+    With a predictor ``foresight`` tells how well each layer was foreseen.
+    """
     engines = _engines(self)
-    return _total(engines).as_dict() if engines else None
+    if not engines:
+        return None
+    stats: dict[str, Any] = _total(engines).as_dict()
+    foresight = [layer.as_dict() for engine in engines for layer in engine.foresight()]
+    return {**stats, "foresight": foresight} if foresight else stats
 
 
 def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
@@ -135,4 +142,8 @@ def _line(stats: EngineStats) -> str:
         f"moe-offload: {stats.hit_ratio:.1%} of {stats.active} active experts were in slots, "
         f"{stats.misses} moved ({stats.bytes_moved / 2**30:.2f} GiB, {stats.streamed} through "
         f"staging), {stats.resident} of {stats.slots} slots in use"
+    ) + (
+        f", {stats.prefetched} fetched ahead, of which {stats.prefetch_hits} were read in time"
+        if stats.prefetched
+        else ""
     )

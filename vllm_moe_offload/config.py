@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_moe_offload.errors import OffloadError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 KEY = "moe_offload"
 """Where the options travel inside vLLM's ``additional_config``."""
@@ -16,6 +16,7 @@ KEY = "moe_offload"
 Auto = Literal["auto"]
 PositiveGiB = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 PositiveMiB = Annotated[float, Field(gt=0, le=100_000_000, allow_inf_nan=False)]
+NoOrPositiveMiB = Annotated[float, Field(ge=0, le=100_000_000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
 
@@ -23,6 +24,8 @@ _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
     "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "predictor": "Give none, gate, markov or eam",
+    "prefetch_mb": "Give a number of MiB, 0 to only count what a predictor finds, or auto",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds, 0 to write no statistics",
     "allow_dense": "Give true or false",
@@ -47,6 +50,16 @@ class MoeOffloadConfig(BaseModel):
         description="GPU memory in MiB through which experts without a slot pass; auto sizes "
         "it by the model.",
     )
+    predictor: Literal["none", "gate", "markov", "eam"] = Field(
+        default="none",
+        description="What guesses the experts of the next layer, to fetch them while this one is "
+        "computed: its router (gate), transition counts (markov), similar sequences (eam).",
+    )
+    prefetch_mb: NoOrPositiveMiB | Auto = Field(
+        default="auto",
+        description="MiB that a layer may fetch ahead; auto measures what computation hides, and "
+        "switches prefetch off where it does not pay.",
+    )
     layers: str = Field(
         default="all",
         pattern=r"^\s*(all|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*)\s*$",
@@ -61,7 +74,9 @@ class MoeOffloadConfig(BaseModel):
         description="Serve a model without experts untouched instead of refusing it.",
     )
 
-    @field_validator("gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s", mode="before")
+    @field_validator(
+        "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", mode="before"
+    )
     @classmethod
     def _no_flag(cls, value: object) -> object:
         if isinstance(value, bool):
@@ -76,6 +91,17 @@ class MoeOffloadConfig(BaseModel):
                 self.cache_fraction,
                 f"gpu_gb = {self.gpu_gb} already sets the size of the slots",
                 "Give one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefetch_needs_a_predictor(self) -> Self:
+        if self.predictor == "none" and self.prefetch_mb != "auto":
+            raise OffloadError(
+                "prefetch_mb",
+                self.prefetch_mb,
+                "nothing is fetched ahead without a predictor",
+                "Give predictor as well, or drop this option",
             )
         return self
 

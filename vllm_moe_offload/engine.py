@@ -7,8 +7,9 @@ Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,11 +17,15 @@ from torch import Tensor
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pool import HostPool, PoolSegment
+from vllm_moe_offload.predictors.gate import Router
+from vllm_moe_offload.predictors.predictor import Predictor
+from vllm_moe_offload.prefetch import LayerForesight, Prefetch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.sweep import Sweep
@@ -42,6 +47,8 @@ class EngineStats:
     misses: int
     streamed: int
     bytes_moved: int
+    prefetched: int = 0
+    prefetch_hits: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """All fields by name."""
@@ -65,10 +72,19 @@ class OffloadEngine:
         config: the plugin's options.
         device: where the layers are computed; the host itself is allowed.
         workers_on_host: processes that load a part of the same model into this host's memory.
+        spans_layers: whether work that a layer leaves beside it may go on until the next one; not
+            while a CUDA graph is captured that may end in between.
+        say: takes a line for the log.
     """
 
     def __init__(
-        self, config: MoeOffloadConfig, device: torch.device, *, workers_on_host: int = 1
+        self,
+        config: MoeOffloadConfig,
+        device: torch.device,
+        *,
+        workers_on_host: int = 1,
+        spans_layers: Callable[[], bool] = lambda: True,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -78,6 +94,11 @@ class OffloadEngine:
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._prefetch: Prefetch | None = None
+        self._spans_layers = spans_layers
+        self._say = say or (lambda _: None)
+        self.routers: Sequence[Callable[[], Router]] | None = None
+        """How to get each layer's router, for a predictor that asks them; set before ``plan``."""
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -95,6 +116,7 @@ class OffloadEngine:
         Raises:
             OffloadError: the machine or the container cannot hold it.
         """
+        check_foresight(self.config, self.specs, self.routers)
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(demands, self.config)
         self._check(budget)
@@ -113,6 +135,9 @@ class OffloadEngine:
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
+        self._prefetch = make_prefetch(
+            self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
+        )
 
     def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Compute the routed experts of a layer.
@@ -129,19 +154,28 @@ class OffloadEngine:
         Returns:
             [T, H] of the type of ``x_TH``.
         """
-        part = self._layers[layer]
+        part, prefetch = self._layers[layer], self._prefetch
+        if prefetch is not None:
+            prefetch.settle()
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
             if part.is_sweep(ids_TK.numel()):
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
-        return part.step(x_TH, weight_TK, ids_TK)
+        if prefetch is None or part.is_sweep(ids_TK.numel()):
+            return part.step(x_TH, weight_TK, ids_TK)
+        y_TH = part.step(x_TH, weight_TK, ids_TK, partial(prefetch.look_ahead, layer))
+        prefetch.layer_ended()
+        return y_TH
 
-    def step_begins(self, num_tokens: int) -> None:
+    def step_begins(self, num_tokens: int, scheduled: int = 0) -> None:
         """Start the copies of a step that will be a sweep, ahead of its layers.
 
         Args:
             num_tokens: tokens of the step, 0 for a step within CUDA graphs.
+            scheduled: tokens of the step in any case.
         """
+        if self._prefetch is not None:
+            self._prefetch.step_begins(scheduled)
         if self._sweep is None:
             return
         if self._will_sweep(num_tokens):
@@ -155,6 +189,8 @@ class OffloadEngine:
         Args:
             next_tokens: tokens that the next step will have, as far as that is known now.
         """
+        if self._prefetch is not None:
+            self._prefetch.step_ended()
         if self._sweep is not None and self._will_sweep(next_tokens):
             self._sweep.follow()
 
@@ -168,7 +204,10 @@ class OffloadEngine:
         """Return what happened since the start or the last reset; waits for the device."""
         counts = [layer.residency.counts() for layer in self._layers]
         missed = [count["loads"] + count["streams"] for count in counts]
-        moved = [miss + count["surplus"] for miss, count in zip(missed, counts, strict=True)]
+        moved = [
+            miss + count["surplus"] + count["prefetched"]
+            for miss, count in zip(missed, counts, strict=True)
+        ]
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
@@ -181,10 +220,21 @@ class OffloadEngine:
             hits=sum(count["hits"] for count in counts),
             misses=sum(missed),
             streamed=sum(count["streams"] for count in counts),
+            prefetched=sum(count["prefetched"] for count in counts),
+            prefetch_hits=sum(count["prefetch_hits"] for count in counts),
             bytes_moved=sum(
                 count * spec.layout.row_bytes for count, spec in zip(moved, self.specs, strict=True)
             ),
         )
+
+    def foresight(self) -> list[LayerForesight]:
+        """Return how well each layer was foreseen, none without a predictor; see ``stats``."""
+        return self._prefetch.foresight() if self._prefetch else []
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What guesses the next layer's experts, if anything does."""
+        return self._prefetch.predictor if self._prefetch else None
 
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
@@ -203,6 +253,8 @@ class OffloadEngine:
         """Raise unless every owner is consistent and every slot holds its expert's bytes."""
         self.pool.check_integrity()
         self.arena.check_integrity()
+        if self._prefetch is not None:
+            self._prefetch.check_integrity()
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
@@ -214,7 +266,7 @@ class OffloadEngine:
 
     def close(self) -> None:
         """Unpin the pool."""
-        self._layers = []
+        self._layers, self._prefetch = [], None
         self.pool.close()
 
     def _check(self, budget: Budget) -> None:

@@ -87,11 +87,18 @@ class OffloadedLayer:
         """Whether so many routed pairs are sure to need nearly all experts."""
         return num_pairs >= SWEEP_PAIRS_PER_EXPERT * self.spec.num_experts
 
-    def step(self, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    def step(
+        self,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        ahead: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
         """Resolve, load what is missing, compute, in launches that follow from shapes alone.
 
         The residents, those just brought in among them, are computed first. Experts that got
-        no slot follow in waves through staging.
+        no slot follow in waves through staging. ``ahead`` is called with the input and the ids
+        when what is missing has been queued: what it queues comes after demand.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -104,6 +111,8 @@ class OffloadedLayer:
             self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
             work.num_loads,
         )  # fmt: skip
+        if ahead is not None:
+            ahead(x_TH, ids_TK)
         products.compute(tables.slot_of_E, self.slots.weights)
         rows = self.halves[0].num_rows
         for wave, first in enumerate(self._waves(ids_TK.numel(), evict=evict)):

@@ -266,12 +266,13 @@ def test_what_is_fetched_and_who_goes(case, device):
     if count and evicted.numel():
         assert int(demand_E[evicted].max()) <= int(demand_E[fetched].min())
     assert bool((before.slot_of_E[fetched] == NOWHERE).all())
-    assert bool((tables.stamp_S[slots] == tables.clock).all())
+    assert bool((tables.stamp_S[slots] == tables.clock - 1).all())
     assert bool((following.ahead_E[fetched] == Ahead.GUESSED | Ahead.FETCHED).all())
     assert int(following.work.counters[Counter.PREFETCHED]) == count
-    # The coming step evicts none of them.
-    others = torch.arange(case.num_experts, device=device)[None]
-    resolve_torch(others[:, : case.top_k], tables, following.work, evict=True)
+    # The coming step evicts them after all others.
+    older = int((tables.stamp_S < tables.clock - 1).sum())
+    others = torch.nonzero(tables.slot_of_E == NOWHERE).flatten()[:older]
+    resolve_torch(others[None], tables, following.work, evict=True)
     assert torch.equal(tables.slot_of_E[fetched].long(), slots)
 
 
