@@ -3,14 +3,16 @@
 Reads: the modules of a built model; ``gate`` or ``router`` beside a layer's experts.
 Versions: 0.32, 0.33.
 Why: the predictor ``gate`` asks the next layer's router, which belongs to the model's own block.
-How: look for a linear layer of that name in the module that holds the experts, and read its
-    weight when it is asked for, because it is loaded later.
+How: look for a linear layer of that name in the module that holds the experts, and call it as the
+    model does; its weight is loaded later, and on some devices packed away.
 Can go: when every MoE runner holds its own gate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from vllm_moe_offload.offloaded_layer import LayerSpec
 from vllm_moe_offload.predictors.gate import Router
@@ -18,8 +20,8 @@ from vllm_moe_offload.predictors.gate import Router
 NAMES = ("gate", "router")
 
 
-def find_routers(model: Any, specs: Sequence[LayerSpec]) -> list[Callable[[], Router]] | None:
-    """How to get the router of every layer; None if that of one of them is not found.
+def find_routers(model: Any, specs: Sequence[LayerSpec]) -> list[Router] | None:
+    """Return the router of every layer; None if that of one of them is not found.
 
     Args:
         model: the built model.
@@ -31,7 +33,7 @@ def find_routers(model: Any, specs: Sequence[LayerSpec]) -> list[Callable[[], Ro
     return routers if len(routers) == len(specs) else None
 
 
-def _find(block: Any, spec: LayerSpec) -> Callable[[], Router] | None:
+def _find(block: Any, spec: LayerSpec) -> Router | None:
     _, hidden = next(t.shape for t in spec.layout.tensors if t.name == "w13_weight")
     for name in NAMES:
         module = getattr(block, name, None)
@@ -39,9 +41,10 @@ def _find(block: Any, spec: LayerSpec) -> Callable[[], Router] | None:
         # A worker that holds some of the experts would need a part of the router, and experts that
         # see a transformed input a part of the model.
         if weight is not None and tuple(weight.shape) == (spec.num_experts, hidden):
-            return partial(_router, module)
+            return partial(_logits, module)
     return None
 
 
-def _router(module: Any) -> Router:
-    return Router(module.weight, getattr(module, "bias", None))
+def _logits(module: Any, x_TH: Tensor) -> Tensor:
+    result = module(x_TH)
+    return result[0] if isinstance(result, tuple) else result

@@ -97,8 +97,8 @@ class OffloadEngine:
         self._prefetch: Prefetch | None = None
         self._spans_layers = spans_layers
         self._say = say or (lambda _: None)
-        self.routers: Sequence[Callable[[], Router]] | None = None
-        """How to get each layer's router, for a predictor that asks them; set before ``plan``."""
+        self.routers: Sequence[Router] | None = None
+        """Of every layer, for a predictor that asks them; set before ``plan``."""
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.

@@ -14,7 +14,7 @@ from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import MAX_TOKENS, Prefetch, row_seconds
 from vllm_moe_offload.prefetch_control import PrefetchControl
 
-Routers = Sequence[Callable[[], Router]]
+Routers = Sequence[Router]
 
 
 def check_foresight(
@@ -62,7 +62,7 @@ def make_prefetch(
     Args:
         config: the options, which ``check_foresight`` has accepted.
         layers: all layers, with nothing resident.
-        routers: how to get each layer's router.
+        routers: those of all layers, if they are known.
         device: where the layers are computed.
         spans_layers: see ``Prefetch``.
         say: takes a line for the log.

@@ -10,6 +10,7 @@ from vllm_moe_offload.engine import EngineStats
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches import cpu_worker, worker
 from vllm_moe_offload.patches.wrapping import _MARK, PatchError
+from vllm_moe_offload.prefetch import LayerForesight
 
 COUNTS = EngineStats(
     layers=2, experts_in_pool=16, slots=8, resident=5, pool_bytes=1600, slot_bytes=800,
@@ -23,16 +24,20 @@ class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
         self.config = SimpleNamespace(stats_interval_s=interval)
         self.resets = self.closed = 0
+        self.layers = []
         self.steps = []
 
-    def step_begins(self, num_tokens: int) -> None:
-        self.steps.append(("begins", num_tokens))
+    def step_begins(self, num_tokens: int, scheduled: int) -> None:
+        self.steps.append(("begins", num_tokens, scheduled))
 
     def step_ended(self, next_tokens: int) -> None:
         self.steps.append(("ended", next_tokens))
 
     def stats(self) -> EngineStats:
         return COUNTS
+
+    def foresight(self) -> list[LayerForesight]:
+        return self.layers
 
     def reset_stats(self) -> None:
         self.resets += 1
@@ -160,6 +165,13 @@ def test_statistics_add_up():
     assert stats == {name: 2 * count for name, count in COUNTS.as_dict().items()}
 
 
+def test_statistics_tell_how_well_layers_were_foreseen():
+    engine = FakeEngine()
+    engine.layers = [LayerForesight("a", guessed=8, found=2, foreseeable=4, prefetched=5, hits=1)]
+    (layer,) = loaded(engine).moe_offload_stats()["foresight"]
+    assert (layer["layer"], layer["coverage"], layer["precision"]) == ("a", 0.5, 0.2)
+
+
 def test_statistics_start_after_warm_up():
     engine = FakeEngine()
     made = loaded(engine)
@@ -248,4 +260,6 @@ def test_engines_hear_of_steps_outside_graphs():
         step = SchedulerOutput.make_empty()
         step.total_num_scheduled_tokens = tokens
         made.execute_model(step)
-    assert engine.steps == [("begins", 0), ("ended", 0), ("begins", 9), ("ended", 0)]
+    assert engine.steps == [
+        ("begins", 0, 8), ("ended", 0), ("begins", 9, 9), ("ended", 0),
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ from vllm_moe_offload.kernels.fixed_point import FRACTION_BITS
 from vllm_moe_offload.kernels.predict import demand_torch
 from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.figures import REFRESH, WINDOW
-from vllm_moe_offload.predictors.gate import GatePredictor, Router
+from vllm_moe_offload.predictors.gate import GatePredictor
 from vllm_moe_offload.predictors.markov import MarkovPredictor
 from vllm_moe_offload.simulate.predictors import MarkovPredictor as SimulatedMarkov
 from vllm_moe_offload.simulate.predictors import best_guesses
@@ -161,12 +161,12 @@ def test_eam_leaves_out_rows_that_were_seldom_used_and_large_steps():
 def test_gate_asks_the_next_router():
     torch.manual_seed(0)
     weights = [torch.randn(8, 16) for _ in range(3)]
-    routers = [lambda w=w: Router(w, torch.ones(8)) for w in weights]
+    routers = [lambda x_TH, w=w: x_TH @ w.T for w in weights]
     predictor = GatePredictor(routers, HOST)
     x_TH = torch.randn(5, 16)
     for layer in range(2):
         logits_TE = predictor.source(layer, x_TH).logits_TE
-        torch.testing.assert_close(logits_TE, x_TH @ weights[layer + 1].T + 1)
+        torch.testing.assert_close(logits_TE, x_TH @ weights[layer + 1].T)
     # Where both layers see the same input, the K best are wanted most.
     ids_TK = weights[1].new_zeros(1, 3).long()
     demand_E = demand_torch(ids_TK, predictor.source(0, x_TH[:1]), 0)

@@ -57,7 +57,7 @@ def test_gate_foresees_more_than_chance(path):
     assert guessed / asked > 0.3
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "mixtral", "granite_moe"])
 def test_routers_are_found(checkpoint, family):
     options = offloaded(cache_fraction=SHARE, predictor="gate")
     with engine(checkpoint(family), family, **options) as llm:

@@ -9,43 +9,34 @@ Legend: T tokens, L layers, M tokens, K choices a token, E experts, H hidden siz
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from vllm_moe_offload.kernels.predict import GateLogits, powers
 from vllm_moe_offload.predictors.predictor import Arrays
 
-
-@dataclass(frozen=True)
-class Router:
-    """A layer's router: ``weight_EH`` and, if it has one, ``bias_E``."""
-
-    weight_EH: Tensor
-    bias_E: Tensor | None = None
+Router = Callable[[Tensor], Tensor]
+"""From hidden states [T, H] to logits [T, E]."""
 
 
 class GatePredictor:
     """Asks the next layer's router.
 
     Args:
-        routers: how to get each layer's router; asked once weights are loaded.
+        routers: the router of each layer.
         device: where the layers are computed.
     """
 
-    def __init__(self, routers: Sequence[Callable[[], Router]], device: torch.device) -> None:
+    def __init__(self, routers: Sequence[Router], device: torch.device) -> None:
         self._routers = list(routers)
         self._powers = powers(device)
 
     def source(self, layer: int, x_TH: Tensor) -> GateLogits:
         """The next router's logits for this layer's input."""
-        router = self._routers[layer + 1]()
-        x_TH = x_TH.to(router.weight_EH.dtype)
-        return GateLogits(functional.linear(x_TH, router.weight_EH, router.bias_E), self._powers)
+        return GateLogits(self._routers[layer + 1](x_TH), self._powers)
 
     def learn(self, ids_LTK: Tensor, num_tokens: int) -> None:
         """Nothing is learned."""
