@@ -13,11 +13,12 @@ REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "prefetch_mb": "Give a number of MiB, 0 to only count",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds",
     "allow_dense": "Give true or false",
 }
-NUMERIC = ["gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s"]
+NUMERIC = ["gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s"]
 NO_NUMBERS = [
     math.nan, math.inf, -math.inf, "nan", "inf", "eight", "", "8 GiB", "1,5", [], [8], {}, True,
     1e300, 10**400, -1, -0.001, "-3",
@@ -180,3 +181,16 @@ def test_frozen():
 def test_travels_as_json(options):
     config = MoeOffloadConfig.parse(options)
     assert MoeOffloadConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("value", ["oracle", "", None, True, 1, []], ids=repr)
+def test_unknown_predictor(value):
+    assert "Give none, gate, markov or eam" in str(refusal({"predictor": value}))
+
+
+@pytest.mark.parametrize("value", [0, 32, "32"])
+def test_prefetch_needs_a_predictor(value):
+    message = str(refusal({"prefetch_mb": value}))
+    assert "nothing is fetched ahead without a predictor" in message
+    config = MoeOffloadConfig.parse({"prefetch_mb": value, "predictor": "markov"})
+    assert config.prefetch_mb == float(value)

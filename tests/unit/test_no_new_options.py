@@ -6,6 +6,8 @@ OPTIONS = {
     "gpu_gb": "auto",
     "cache_fraction": None,
     "staging_mb": "auto",
+    "predictor": "none",
+    "prefetch_mb": "auto",
     "layers": "all",
     "stats_interval_s": 60.0,
     "allow_dense": False,
