@@ -1,10 +1,19 @@
 """Are the answers right on this machine? Tiny models, every residency, against stock vLLM.
 
-    python benchmarks/correctness.py --out benchmarks/results/correctness.json
+    python benchmarks/correctness.py --jobs 16 --out benchmarks/results/correctness.json
 
 For each model and type: the tokens and log-probabilities must be the same to the last bit for
-slots of 0, 25 and 100 % of the experts, and in float32 the tokens must be those of vLLM without
-the plugin. On a GPU the pool must be pinned, and readable by the GPU under its own address.
+slots of 0, 10, 25, 50 and 100 % of the experts, at batches of 1, 7 and 32 and after a long prompt
+in chunks, and in float32 the tokens must be those of vLLM without the plugin. On a GPU the pool
+must be pinned, and readable by the GPU under its own address.
+
+Compiled cases run beside controls, which tell the plugin's doing from the compiler's: code that is
+compiled twice may be tuned apart and then round differently. ``vLLM, compiled apart`` compares two
+builds of stock vLLM, ``vLLM, same build`` two starts from one build, and so on. They are reported,
+and no promise.
+
+A row names the first answer that differs: the phase, the request in it, the step and the change of
+the log-probability; and whether both runs put the same requests into the same steps.
 """
 
 import argparse
@@ -15,8 +24,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +34,7 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 
 class Case(NamedTuple):
-    """One comparison: ``mode`` is eager or graphs (compiled, full and piecewise CUDA graphs)."""
+    """One comparison; ``mode`` is a key of ``MODES``."""
 
     family: str
     mode: str
@@ -33,37 +43,94 @@ class Case(NamedTuple):
 
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-SHARES = (0.0, 0.25, 1.0)
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+REPEATED_SHARE = 0.25
 MAX_TOKENS = 16
-PROMPTS = [[3 + (97 * i * i + 41 * i + 29 * n) % 500 for i in range(n)] for n in (3, 8, 17, 90)]
+BATCHES = (1, 7, 32)
+LONG_PROMPT, CHUNK = 2048, 1024
+GRAPH_SIZES = [1, 2, 4, 8, 16, 32]
+
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+    "full": {"compilation_config": {"cudagraph_mode": "FULL"}},
+    "graphs": {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+}
+"""Settings of vLLM by mode; ``graphs`` is vLLM's default, full graphs for decode alone."""
 
 
-def generate(path: Path, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Tokens with their log-probabilities, and what the engine says of itself."""
+def prompt(length: int, salt: int = 0) -> list[int]:
+    """Token ids that repeat late and differ by length and salt."""
+    return [3 + (97 * i * i + 41 * i + 29 * length + 53 * salt) % 500 for i in range(length)]
+
+
+def phases() -> dict[str, list[list[int]]]:
+    """Prompts that run together, by name; the long one is prefilled in chunks."""
+    lengths = (3, 8, 17, 90, 5, 31, 12)
+    batches = {
+        f"batch {size}": [prompt(lengths[i % len(lengths)], i) for i in range(size)]
+        for size in BATCHES
+    }
+    return {**batches, f"prompt of {LONG_PROMPT}": [prompt(LONG_PROMPT)]}
+
+
+def generate(path: Path, **kwargs: Any) -> dict[str, Any]:
+    """Start an engine, run all phases and take it down.
+
+    Returns:
+        ``answers``: by phase, for each request the (token, log-probability) of every step.
+        ``schedule``: by phase, for each step of the engine the tokens of its requests.
+        ``facts``: what the engine says of itself.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    start = time.perf_counter()
     llm = LLM(
         str(path),
-        max_model_len=256,
-        max_num_batched_tokens=64,
+        max_model_len=LONG_PROMPT + 2 * MAX_TOKENS,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=max(BATCHES),
+        enable_prefix_caching=False,
         kv_cache_memory_bytes=256 << 20,
         gpu_memory_utilization=0.1,  # several of these share a GPU
         **kwargs,
     )
-    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, logprobs=0)
-    requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [r.outputs[0] for r in llm.generate(requests, sampling, use_tqdm=False)]
-    answers = [
-        [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
-        for o in outputs
-    ]
     core = llm.llm_engine.engine_core.engine_core
+    steps = _record_schedule(core.scheduler)
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, logprobs=0)
+    answers, schedule = {}, {}
+    for name, prompts in phases().items():
+        steps.clear()
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [r.outputs[0] for r in llm.generate(requests, sampling, use_tqdm=False)]
+        answers[name] = [
+            [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
+            for o in outputs
+        ]
+        schedule[name] = list(steps)
     facts = _facts(core.model_executor.driver_worker.worker) if "plugin" in kwargs else {}
+    facts["cudagraph_mode"] = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     vars(llm).clear()
     gc.collect()
     cleanup_dist_env_and_memory()
-    return answers, facts
+    facts["seconds"] = round(time.perf_counter() - start, 1)
+    return {"answers": answers, "schedule": schedule, "facts": facts}
+
+
+def _record_schedule(scheduler: Any) -> list[list[int]]:
+    """Note how many tokens every request gets in every step, largest first."""
+    steps: list[list[int]] = []
+    original = scheduler.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if output.num_scheduled_tokens:
+            steps.append(sorted(output.num_scheduled_tokens.values(), reverse=True))
+        return output
+
+    scheduler.schedule = schedule
+    return steps
 
 
 def _facts(worker: Any) -> dict[str, Any]:
@@ -84,103 +151,229 @@ def _facts(worker: Any) -> dict[str, Any]:
     return facts
 
 
-def compare(path: Path, case: Case) -> dict[str, Any]:
-    """All residencies of one checkpoint and type."""
-    settings: dict[str, Any] = {"dtype": case.dtype, "enforce_eager": case.mode == "eager"}
-    if case.mode == "graphs":
-        settings["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4]}
-    runs = {
-        share: generate(
-            path, plugin="moe-offload", moe_offload={"cache_fraction": share}, **settings
-        )
-        for share in SHARES
-    }
-    answers = [run[0] for run in runs.values()]
-    row: dict[str, Any] = {
-        "bit_identical": all(answer == answers[0] for answer in answers),
-        "engine": {str(share): facts for share, (_, facts) in runs.items()},
-    }
-    stock, _ = generate(path, **settings)
-    row["tokens_equal_stock"] = _tokens(stock) == _tokens(answers[0])
-    row["max_logprob_difference_to_stock"] = _first_difference(stock, answers[0])
-    return row
+def run_shares(path: Path, case: Case) -> dict[str, Any]:
+    """Run every residency and stock vLLM; a compiled case starts some of them again.
+
+    The start that compiles is not among the residencies: it tunes while it runs, and later starts
+    load what it found.
+    """
+    starts = {f"share {share}": _plugin(share) for share in SHARES} | {"stock": {}}
+    if case.mode != "eager":
+        again = {"share again": _plugin(REPEATED_SHARE), "stock again": {}}
+        starts = {"first start": _plugin(REPEATED_SHARE), **starts, **again}
+    return _run_all(path, case, starts)
 
 
-def _tokens(answers: list[Any]) -> list[list[int]]:
-    return [[token for token, _ in answer] for answer in answers]
+def run_control(path: Path, case: Case) -> dict[str, Any]:
+    """Run builds that share nothing with those of the case."""
+    starts = {"stock": {}, "stock again": {}, "share": _plugin(REPEATED_SHARE)}
+    return _run_all(path, case, starts)
 
 
-def _first_difference(stock: list[Any], mine: list[Any]) -> float:
-    """Largest difference of log-probabilities up to where the tokens part."""
-    worst = 0.0
-    for theirs, ours in zip(stock, mine, strict=True):
-        for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
-            if their_token != our_token:
-                break
-            worst = max(worst, abs(a - b))
-    return worst
+def _run_all(path: Path, case: Case, starts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    settings = {"dtype": case.dtype, **_mode_settings(case.mode)}
+    runs = {}
+    for name, options in starts.items():
+        print(f"start: {name}", flush=True)  # the last one in a log is the one that failed
+        runs[name] = generate(path, **settings, **options)
+    return runs
 
 
-def passed(row: dict[str, Any]) -> bool:
-    """Whether a row holds everything that is promised for its type."""
-    facts = row["engine"].values()
-    return (
-        row["bit_identical"]
-        and (row["tokens_equal_stock"] or row["dtype"] != "float32")
-        and all(fact.get("pool_pinned", True) and fact.get("pool_mapped", True) for fact in facts)
+def _mode_settings(mode: str) -> dict[str, Any]:
+    settings = dict(MODES[mode])
+    if "compilation_config" in settings:
+        settings["compilation_config"] = {
+            **settings["compilation_config"],
+            "cudagraph_capture_sizes": GRAPH_SIZES,
+        }
+    return settings
+
+
+def _plugin(share: float) -> dict[str, Any]:
+    return {"plugin": "moe-offload", "moe_offload": {"cache_fraction": share}}
+
+
+def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any] | None:
+    """First answer of two runs that is not the same to the last bit, None if all are.
+
+    First means the earliest phase, in it the earliest step, in it the first request.
+    """
+    for phase, requests in mine["answers"].items():
+        pairs = list(zip(requests, theirs["answers"][phase], strict=True))
+        unequal = [_first(a, b) for a, b in pairs]
+        found = [(step, request) for request, step in enumerate(unequal) if step is not None]
+        if found:
+            step, request = min(found)
+            (token, logprob), (other, other_logprob) = (side[step] for side in pairs[request])
+            return {
+                "phase": phase,
+                "step": step,
+                "request": request,
+                "tokens": [token, other],
+                "logprob_difference": other_logprob - logprob,
+                "requests_that_differ": len(found),
+                "same_schedule": mine["schedule"][phase] == theirs["schedule"][phase],
+            }
+    return None
+
+
+def _first(a: Sequence[Any], b: Sequence[Any]) -> int | None:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=True)) if tuple(x) != tuple(y)), None
     )
 
 
-def run_one(case: Case) -> dict[str, Any]:
-    """Make a checkpoint and compare it."""
+def judge(case: Case, runs: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:
+    """Compare the runs of a case."""
+    first = runs[f"share {SHARES[0]}"]
+    to_first = {
+        name: difference(first, run) for name, run in runs.items() if name.startswith("share ")
+    }
+    stock = runs["stock"]
+    row: dict[str, Any] = {
+        "bit_identical": not any(to_first.values()),
+        "same_schedule": all(run["schedule"] == first["schedule"] for run in runs.values()),
+        "differences": {name: found for name, found in to_first.items() if found},
+        "tokens_equal_stock": _tokens(stock) == _tokens(first),
+        "max_logprob_difference_to_stock": _until_tokens_part(stock, first),
+        "engine": {name: run["facts"] for name, run in runs.items()},
+    }
+    if control is not None:
+        repeated = runs[f"share {REPEATED_SHARE}"]
+        row["controls"] = {
+            "vLLM, same build": difference(stock, runs["stock again"]),
+            "vLLM, compiled apart": difference(stock, control["stock"]),
+            "vLLM, no compile cache, twice": difference(control["stock"], control["stock again"]),
+            "plugin, same build": difference(repeated, runs["share again"]),
+            "plugin, start that compiled": difference(repeated, runs["first start"]),
+            "plugin, compiled apart": difference(repeated, control["share"]),
+        }
+    facts = row["engine"].values()
+    row["passed"] = (
+        row["bit_identical"]
+        and (row["tokens_equal_stock"] or case.dtype != "float32")
+        and all(fact.get("pool_pinned", True) and fact.get("pool_mapped", True) for fact in facts)
+    )
+    return row
+
+
+def _tokens(run: dict[str, Any]) -> list[int]:
+    return [
+        token for requests in run["answers"].values() for steps in requests for token, _ in steps
+    ]
+
+
+def _until_tokens_part(stock: dict[str, Any], mine: dict[str, Any]) -> float:
+    """Largest difference of log-probabilities, of each request up to where the tokens part."""
+    worst = 0.0
+    for phase, requests in stock["answers"].items():
+        for theirs, ours in zip(requests, mine["answers"][phase], strict=True):
+            for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
+                if their_token != our_token:
+                    break
+                worst = max(worst, abs(a - b))
+    return worst
+
+
+def run_one(case: Case, part: str) -> dict[str, Any]:
+    """Make a checkpoint and run one part of a case."""
     from vllm_moe_offload.checkpoints import make_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         path = make_checkpoint(Path(folder), case.family, hidden_size=256, num_experts=16, top_k=4)
-        return compare(path, case)
+        return run_control(path, case) if part == "control" else run_shares(path, case)
 
 
-def cases(families: Sequence[str]) -> list[Case]:
+def cases(
+    families: Sequence[str] = (), modes: Sequence[str] = (), dtypes: Sequence[str] = ()
+) -> list[Case]:
     """Everything that this machine compares, the slowest first; a CPU has one runner, eager."""
     from vllm_moe_offload.checkpoints import MOE_FAMILIES
 
-    graphs = [Case(family, "graphs", "bfloat16", "V2") for family in ("deepseek_v2", "qwen3_moe")]
+    compiled = [
+        Case(family, mode, "bfloat16", "V2")
+        for mode in ("graphs", "full", "piecewise")
+        for family in ("qwen3_moe", "deepseek_v2")
+    ]
     eager = [
         Case(family, "eager", dtype, "V2")
         for family in sorted(MOE_FAMILIES, key=lambda family: family != "deepseek_v2")
         for dtype in ("bfloat16", "float32")
     ]
     older = [Case(family, "eager", "float32", "V1") for family in ("gpt_oss", "qwen3_moe")]
-    planned = graphs + eager + older if HAS_GPU else [c._replace(runner="V1") for c in eager]
-    return [case for case in planned if case.family in (families or MOE_FAMILIES)]
+    planned = compiled + eager + older if HAS_GPU else [c._replace(runner="V1") for c in eager]
+    return [
+        case
+        for case in planned
+        if case.family in (families or MOE_FAMILIES)
+        and case.mode in (modes or MODES)
+        and case.dtype in (dtypes or ("bfloat16", "float32"))
+    ]
 
 
 def main() -> int:
-    """Run every case in a process of its own; the result file grows with each."""
+    """Run every case in processes of its own; the result file grows with each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="revision, where the tree has no repository")
     parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
-    parser.add_argument("--jobs", type=int, default=1, help="cases that run at once")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=[], help="likewise")
+    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        args.out.write_text(json.dumps(run_one(Case(*args.one.split(",")))))
+        args.out.write_text(json.dumps(run_one(Case(*args.one[0].split(",")), args.one[1])))
         return 0
 
     from machine import provenance
 
-    origin, planned, rows = provenance(args.commit), cases(args.families), []
+    origin, rows = provenance(args.commit), []
+    planned = cases(args.families, args.modes, args.dtypes)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(_in_a_process, planned):
-            rows.append(row)
+        started = [
+            (
+                case,
+                pool.submit(_in_a_process, case, "shares"),
+                None if case.mode == "eager" else pool.submit(_in_a_process, case, "control"),
+            )
+            for case in planned
+        ]
+        for case, shares, control in started:
+            rows.append(_row(case, shares, control))
             all_passed = len(rows) == len(planned) and all(row["passed"] for row in rows)
             result = {**origin, "passed": all_passed, "rows": rows}
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all_passed else 1
+    return 0 if rows and all_passed else 1
 
 
-def _in_a_process(case: Case) -> dict[str, Any]:
+Outcome = tuple[int, dict[str, Any], str]
+"""Exit code of a process, its runs, and the end of its log if it failed."""
+
+
+def _row(case: Case, shares: Future[Outcome], control: Future[Outcome] | None) -> dict[str, Any]:
+    code, runs, log = shares.result()
+    row: dict[str, Any] = {**case._asdict(), "exit": code, "passed": False}
+    control_code, controls, control_log = control.result() if control else (0, None, "")
+    if control_code:
+        row["control_exit"], row["control_log"] = control_code, control_log
+    row |= judge(case, runs, controls or None) if code == 0 else {"log": log}
+    print(json.dumps({name: v for name, v in row.items() if name != "engine"}), flush=True)
+    return row
+
+
+LOG_TAIL = 1500
+
+
+def _what_failed(log: str) -> str:
+    """The starts, the first errors and the end of a log."""
+    lines = log.splitlines()
+    errors = [line for line in lines if "rror" in line and "previous" not in line][:12]
+    starts = [line for line in lines if line.startswith("start: ")]
+    return "\n".join([*starts, *errors, "...", log[-LOG_TAIL:]])
+
+
+def _in_a_process(case: Case, part: str) -> Outcome:
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -190,17 +383,23 @@ def _in_a_process(case: Case) -> dict[str, Any]:
     }
     if case.dtype == "float32":
         environment["VLLM_MLA_DISABLE"] = "1"  # no latent attention for this type on CUDA
+    if part == "control":
+        environment["VLLM_DISABLE_COMPILE_CACHE"] = "1"
     if not HAS_GPU:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # sampling would be compiled for a minute
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, __file__, "--one", ",".join(case), "--out", file.name]
-        code = subprocess.run(command, env=environment, check=False).returncode
-        row = {**case._asdict(), "exit": code, "passed": False}
-        if code == 0:
-            row |= json.loads(Path(file.name).read_text())
-            row["passed"] = passed(row)
-    print({name: value for name, value in row.items() if name != "engine"}, flush=True)
-    return row
+    with tempfile.TemporaryDirectory() as folder:
+        if case.mode != "eager":
+            # Nothing compiled by another process, nor before; each builds in its own folder.
+            environment["VLLM_CACHE_ROOT"] = f"{folder}/vllm"
+        out, log = Path(folder, "runs.json"), Path(folder, "log")
+        command = [sys.executable, __file__, "--one", ",".join(case), part, "--out", str(out)]
+        with log.open("w") as file:
+            code = subprocess.run(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        text = log.read_text(errors="replace")
+        print(f"{','.join(case)} {part}: exit status {code}", flush=True)
+        return code, json.loads(out.read_text()) if code == 0 else {}, _what_failed(text)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ run and the time of vLLM's own kernel with all experts on the GPU.
 import argparse
 import json
 import sys
+import timeit
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,13 +21,16 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median time of a call on the GPU."""
+    """Median time of a call on the device."""
     times = []
     for _ in range(repeats):
+        if DEVICE.type == "cpu":
+            times.append(timeit.timeit(run, number=1))
+            continue
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -77,8 +82,10 @@ def uniform(num_layers: int, tokens: int) -> torch.Tensor:
     return scores.topk(TOP_K, dim=-1).indices.int()
 
 
-def graphed(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """Capture a step."""
+def graphed(step: Callable[[], Any]) -> Any:
+    """Capture a step for ``replay``; a CPU has no graphs and repeats it."""
+    if DEVICE.type == "cpu":
+        return SimpleNamespace(replay=step)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,21 +195,21 @@ def offloaded_step(engine: Any, tokens: int, *, confined: bool = False) -> dict[
 
 
 def resolve_time(engine: Any, tokens: int) -> float:
-    """Seconds a layer of resolve and of a gather that has nothing to do."""
+    """Seconds a layer of resolve and of a gather that has nothing to do, all experts in slots."""
     from vllm_moe_offload.kernels.dispatch import Dispatch
-    from vllm_moe_offload.kernels.gather import gather
-    from vllm_moe_offload.kernels.resolve import resolve
 
     ids = uniform(1, tokens)[0]
     part = engine._layers[0]
-    tables, work = part.residency.tables, part.residency.work
-    lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
+    tables, work, do = part.residency.tables, part.residency.work, part.operations
+    lists = None
+    if do.sorts_pairs:
+        lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
 
     def step() -> None:
         for _ in range(50):
-            resolve(ids, tables, work, evict=True, dispatch=lists)
-            gather(part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E,
-                   work.load_slot_E, work.num_loads)  # fmt: skip
+            do.resolve(ids, tables, work, evict=True, dispatch=lists)
+            do.gather(part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E,
+                      work.load_slot_E, work.num_loads)  # fmt: skip
 
     return seconds(graphed(step).replay, 5) / 50
 

@@ -15,7 +15,6 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
         commit: revision of the code where the tree has no repository.
     """
     import torch
-    import vllm
 
     gpu = torch.cuda.is_available()
     return {
@@ -29,7 +28,7 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": version("triton"),
-            "vllm": vllm.__version__,
+            "vllm": version("vllm"),
         },
     }
 

@@ -1,212 +1,193 @@
-"""Measure a suite against its bounds and stock vLLM, in one run on one machine.
+"""Measure suites against their bounds and stock vLLM, in one run on one machine.
 
     python benchmarks/run.py --suite engine --out benchmarks/results/engine.json
+    python benchmarks/run.py --render benchmarks/results/engine.json
+    python benchmarks/run.py --plot benchmarks/results/growth.json
 
-The suite ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by
-vLLM with its default compilation and CUDA graphs. Every configuration is a process of its own:
-everything resident, vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. The
-file is written after each of them; ``--only`` measures some of them and keeps the rest.
+``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
+its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
+with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
+``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. Every
+configuration is a process of its own, alone at work while it is measured: everything resident,
+vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
+share their processes. The file is written after each process; ``--only`` measures some of them
+and keeps the rest.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
-from shapes import SHAPES, Shape
+import plots
+import report
+from jobs import Memory, run_all
+from requirements import same_hits, set_beside_bounds, verdicts
+from shapes import SHAPES
+from suites import SUITES, TRACE_SHARES, chunk_of, profiled, trace, united
 
-BATCHES = (1, 8, 32, 128)
-GIB = 1 << 30
-
-
-def configurations(shape: Shape, name: str, *, tiny: bool) -> list[dict[str, Any]]:
-    """All servers of the suite, as jobs for ``served.py``."""
-    chunk = 256 if tiny else 8192
-    settings: dict[str, Any] = {"kv_cache_memory_bytes": (64 << 20) if tiny else 3 * GIB}
-    if tiny:
-        settings |= {"dtype": "float32", "enforce_eager": True}
-    else:
-        settings["compilation_config"] = {"cudagraph_capture_sizes": list(BATCHES)}
-    base = {
-        "shape": name,
-        "chunk": chunk,
-        "max_model_len": 4 * chunk + 64,
-        "batches": BATCHES,
-        "steps": 4 if tiny else 24,
-        "repeats": 1 if tiny else 3,
-        "prefills": [chunk],
-    }
-
-    def job(label: str, more: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        return {**base, "name": label, "settings": {**settings, **more}, **changes}
-
-    jobs = [job("resident", {})]
-    for share in (1.0, 0.5, 0.25, 0.0):
-        plugin = {"plugin": "moe-offload", "moe_offload": {"cache_fraction": share}}
-        prefills = [chunk] if share == 1.0 else [chunk, 4 * chunk]
-        confined = shape.num_experts // 2 if share == 0.5 else None
-        jobs.append(job(f"plugin {share}", plugin, prefills=prefills, confined=confined))
-    for share in (0.5, 0.25):
-        stock = {
-            "cpu_offload_gb": (1 - share) * shape.pool_bytes / GIB,
-            "cpu_offload_params": ["experts"],
-        }
-        jobs.append(job(f"cpu-offload {share}", stock, steps=4 if tiny else 8))
-    return jobs
-
-
-def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run one configuration; rows carry its name."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / "job.json").write_text(json.dumps({**job, "folder": str(path / "model")}))
-        script = Path(__file__).with_name("served.py")
-        command = [sys.executable, str(script), "--job", str(path / "job.json")]
-        code = subprocess.run([*command, "--out", str(path / "rows.json")], check=False).returncode
-        if code:
-            return [{"configuration": job["name"], "exit": code}]
-        rows = json.loads((path / "rows.json").read_text())
-    return [{"configuration": job["name"], **row} for row in rows]
-
-
-def judge(rows: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
-    """Set every row beside its bound, its target and the stock servers of the same run.
-
-    Args:
-        rows: all rows of a run.
-        rate: bytes a second of the link.
-    """
-    resident = {_case(row): row["seconds"] for row in _of(rows, "resident")}
-    judged = []
-    for row in rows:
-        if not row["configuration"].startswith("plugin") or "exit" in row:
-            judged.append(row)
-            continue
-        share = float(row["configuration"].split()[1])
-        t_res = _resident_time(row, resident)
-        value, target, larger = _target(row, share, t_res, rate)
-        passes = None if value is None else (value >= target if larger else value <= target)
-        offload = {_case(r): r["seconds"] for r in _of(rows, f"cpu-offload {share}")}
-        stock = offload.get(_case(row))
-        judged.append(
-            {
-                **row,
-                "resident_seconds": t_res,
-                "copy_bound_seconds": row["bytes"] / rate,
-                "value": value,
-                "target": f"{'>=' if larger else '<='} {target}",
-                "cpu_offload_seconds": stock,
-                "passed": None
-                if passes is None
-                else passes and (stock is None or row["seconds"] < stock),
-            }
-        )
-    return judged
-
-
-def _target(
-    row: dict[str, Any], share: float, t_res: float | None, rate: float
-) -> tuple[float | None, float, bool]:
-    """What is judged, its target, and whether larger is better."""
-    if t_res is None:
-        return None, 0.0, True
-    seconds, bound = row["seconds"], row["bytes"] / rate
-    if row.get("confined"):
-        return seconds / t_res, 1.12, False
-    if share == 1.0:
-        return seconds / t_res, 1.10 if row["case"] == "prefill" else 1.05, False
-    if row["case"] == "prefill":
-        return max(t_res, bound) / seconds, 0.95, True
-    if row["batch"] <= 8:
-        return (t_res + bound) / seconds, 0.93, True
-    return max(t_res, bound) / seconds, 0.88, True
-
-
-def _resident_time(row: dict[str, Any], resident: dict[Any, float]) -> float | None:
-    """Time of the same case with all experts resident; of several chunks, that many times one."""
-    if row["case"] == "decode":
-        return resident.get(_case(row))
-    chunks = [(key[1], time) for key, time in resident.items() if key[0] == "prefill"]
-    return next((time * row["tokens"] / tokens for tokens, time in chunks), None)
-
-
-def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (row["case"], row.get("tokens") or row.get("batch"))
-
-
-def _of(rows: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["configuration"] == name and "exit" not in row]
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("configuration", "case", "ms", "GB", "hits", "value", "target", "passed")
-    for row in rows:
-        if "exit" in row:
-            table.add_row(row["configuration"], f"exit status {row['exit']}")
-            continue
-        case, value = _case(row), row.get("value")
-        confined = ", residents only" if row.get("confined") else ""
-        table.add_row(
-            row["configuration"],
-            f"{case[0]} {case[1]}{confined}",
-            f"{row['seconds'] * 1e3:.2f}",
-            f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
-            f"{row['hit_ratio']:.2f}" if "hit_ratio" in row else "",
-            "" if value is None else f"{value:.3f}",
-            row.get("target", ""),
-            {True: "yes", False: "NO", None: ""}[row.get("passed")],
-        )
-    Console(width=110).print(table)
+DEFAULT_SHAPES = {"trace": "deepseek-v2-lite"}
 
 
 def main() -> int:
-    """Measure the suite, or parts of it, and write the file."""
-    from machine import provenance
+    """Measure suites, or parts of them, and write the file; or print one."""
+    args = parse(sys.argv[1:])
+    if args.render:
+        print(report.markdown(json.loads(args.render.read_text())))
+        return 0
+    if args.plot:
+        print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
+        return 0
+    jobs = united([job for name in args.suite for job in planned(name, args)])
+    if args.list:
+        print(*(job["name"] for job in jobs), sep="\n")
+        return 0
+    if args.profile:
+        name, case, size = args.profile
+        (asked,) = [job for job in jobs if job["name"] == name]
+        text = args.out.with_suffix(".profile.txt").resolve()
+        (done,) = run_all([profiled(asked, case, int(size), str(text))])
+        print(text.read_text() if done["exit"] == 0 else done["log"])
+        return int(done["exit"] != 0)
+    result = measure(args, [job for job in jobs if not args.only or job["name"] in args.only])
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
 
+
+def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Jobs of a suite, on the shape that was asked for or on the suite's own."""
+    shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
+    if suite == "trace":
+        return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
+    return SUITES[suite](shape, args.option)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=["engine"], required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b-16")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "trace"], default=["engine"])
+    parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
+    parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--commit", help="revision, where the tree has no repository")
     parser.add_argument("--only", nargs="*", help="names of configurations")
-    args = parser.parse_args()
-    jobs = configurations(SHAPES[args.shape], args.shape, tiny=args.shape == "tiny")
-    rows: list[dict[str, Any]] = []
-    rates: list[float] = []
-    if args.only and args.out.exists():
-        earlier = json.loads(args.out.read_text())
-        rows = [r for r in earlier["rows"] if r["configuration"] not in args.only]
-        rates = earlier["copy_gb_s"]
-    result: dict[str, Any] = {**provenance(args.commit), "shape": SHAPES[args.shape].as_dict()}
-    for job in jobs:
-        if args.only and job["name"] not in args.only:
-            continue
-        rates.append(_link_rate())
-        rows += measure(job)
-        result |= {"copy_gb_s": rates, "rows": judge(rows, max(rates) * 1e9)}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    show(result["rows"])
-    return 0 if all(row.get("passed", True) is not False for row in result["rows"]) else 1
-
-
-def _link_rate() -> float:
-    """GB/s of pinned copies, in a process of its own that leaves the GPU's memory free."""
-    code = (
-        "import sys; sys.path.append(sys.argv[1]); import torch, layers; "
-        "print(layers.copy_rate() / 1e9 if torch.cuda.is_available() else 10.0)"
+    parser.add_argument("--list", action="store_true", help="print the configurations' names")
+    parser.add_argument("--render", type=Path, metavar="FILE", help="print results as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw growth beside the file")
+    parser.add_argument(
+        "--profile",
+        nargs=3,
+        metavar=("CONFIGURATION", "CASE", "SIZE"),
+        help="only write where the time of one case goes, such as 'plugin 0.5' decode 8",
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    parser.add_argument(
+        "--option",
+        type=_option,
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the plugin in every configuration",
+    )
+    parser.add_argument("--trace", type=Path, help="file that the suite trace replays")
+    parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
+    args = parser.parse_args(arguments)
+    args.option = dict(args.option)
+    if "trace" in args.suite and not (args.trace or args.render or args.plot):
+        parser.error("the suite trace needs --trace")
+    if not (args.out or args.render or args.plot or args.list):
+        parser.error("--out is needed to measure")
+    return args
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def measure(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run jobs; the file holds what there is after each."""
+    from machine import provenance
+
+    names = {job["name"] for job in jobs}
+    processes, rows = _earlier(args.out, names) if args.only else ([], [])
+    origin = provenance(args.commit)
+    shapes = {job["shape"]: SHAPES[job["shape"]].as_dict() for job in jobs}
+    result: dict[str, Any] = {}
+    start = time.monotonic()
+    for done in run_all(jobs, Memory.of_this_machine()):
+        rows += done.pop("rows")
+        processes.append(done)
+        _tell(done, time.monotonic() - start)
+        rates = [p["copy_gb_s"] for p in processes if p["copy_gb_s"]]
+        judged = set_beside_bounds(rows, max(rates, default=float("inf")) * 1e9)
+        result = {
+            **origin,
+            "copy_gb_s": rates,
+            "shapes": shapes,
+            "targets": _targets(args, judged),
+            "rows": judged,
+            "processes": processes,
+        }
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the suites that were asked for promise."""
+    found = []
+    if "engine" in args.suite:
+        shape = args.shape or "qwen3-30b-a3b-16"
+        found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
+    if "trace" in args.suite:
+        found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
+    return found
+
+
+@functools.cache
+def simulated_hits(path: Path, tokens: int) -> dict[float, int]:
+    """Hits of the simulator on the first tokens of a trace, by share in slots."""
+    from vllm_moe_offload.simulate.replay import replay
+    from vllm_moe_offload.trace import load
+
+    whole = load(path)
+    beginning = dataclasses.replace(
+        whole,
+        expert_ids=whole.expert_ids[:tokens],
+        sequence_starts=np.minimum(whole.sequence_starts, min(tokens, whole.num_tokens)),
+        is_decode=None,
+    )
+    found = replay(beginning, "lru", TRACE_SHARES)
+    return {share: int(hits) for share, hits in zip(TRACE_SHARES, found.hits_C, strict=True)}
+
+
+def _earlier(out: Path, names: set[str]) -> tuple[list[Any], list[Any]]:
+    """Processes and rows of an earlier run that are not measured again."""
+    if not out.exists():
+        return [], []
+    earlier = json.loads(out.read_text())
+    processes, rows = (
+        [entry for entry in earlier[part] if entry["configuration"] not in names]
+        for part in ("processes", "rows")
+    )
+    return processes, rows
+
+
+def _tell(done: dict[str, Any], elapsed: float) -> None:
+    outcome = "done" if done["exit"] == 0 else f"FAILED ({done['exit']})\n{done['log']}"
+    print(f"[{elapsed:4.0f} s] {done['configuration']}: {done['seconds']} s, {outcome}", flush=True)
 
 
 if __name__ == "__main__":

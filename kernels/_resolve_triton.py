@@ -55,16 +55,17 @@ def replace(
     return num_loads
 
 
-@triton.jit(do_not_specialize=["num_ids", "S"])
+@triton.jit(do_not_specialize=["num_ids", "S", "num_logged"])
 def resolve_kernel(
     ids, num_ids,
     slot_of_E, expert_of_S, stamp_of_S, clock, S,
     load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
     sorted_pair, expert_of_block, num_blocks,
+    chosen, log, num_logged,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
     COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """See ``resolve``; ``sorted_pair`` is None where the pairs need not be sorted."""
+    """See ``resolve``; ``sorted_pair`` and ``log`` are None where that part is not wanted."""
     expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
     expert_S = tl.load(expert_of_S + slot, mask=slot < S, other=-1)
@@ -92,7 +93,7 @@ def resolve_kernel(
             read_S = tl.gather(count_E, tl.maximum(expert_S, 0), 0) > 0
             free_S = (stamp_S < now) & ~(read_S & (expert_S >= 0))
         else:
-            free_S = expert_S < 0
+            free_S = expert_S == -1
         num_loads = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
             slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert, E2, S2,
@@ -111,6 +112,12 @@ def resolve_kernel(
             count_E, first_E, blocks_E, num_ids, sorted_pair, expert_of_block, num_blocks, BLOCK_M
         )
         place_pairs(ids, 0, num_ids, first_E * BLOCK_M, sorted_pair, E, E2, RANK_CHUNK)
+
+    if log is not None:
+        for first in range(0, num_logged, COUNT_CHUNK):
+            pair = first + tl.arange(0, COUNT_CHUNK)
+            kept = tl.load(chosen + pair, mask=pair < num_logged, other=0)
+            tl.store(log + pair, kept.to(tl.int16), mask=pair < num_logged)
 
     # Every thread has read the clock before any thread moves it.
     tl.debug_barrier()

@@ -17,9 +17,14 @@ from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 NOWHERE = -1
 """Marks an expert without a slot, a slot without an expert, and an inactive routed id."""
 
+CLOSED = -2
+"""Marks a slot whose memory serves another purpose now: it holds no expert and takes none."""
+
 NEVER = -1
 """Stamp of a slot that was never read: older than every step."""
 
+FOREVER = (1 << 63) - 1
+"""Stamp of a closed slot: newer than every step, so that it is nobody's victim."""
 
 MAX_SLOTS = 1024
 MAX_EXPERTS = 1024
@@ -112,6 +117,30 @@ class WorkList:
         )
 
 
+@dataclass(frozen=True)
+class IdLog:
+    """Where a step leaves the ids that its layer's router chose, for a recorder to read later.
+
+    ``chosen_TK`` are the router's ids, which on a worker that holds some of the experts are not
+    the local ones. ``log_TK`` (int16) has a fixed address and room for the largest step; a row
+    beyond its end is not kept.
+    """
+
+    chosen_TK: Tensor
+    log_TK: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """How many ids are kept."""
+        return min(self.chosen_TK.numel(), self.log_TK.numel())
+
+
+def log_torch(log: IdLog) -> None:
+    """Leave the ids in the first rows of the log."""
+    kept = log.log_TK.view(-1)[: log.num_pairs]
+    kept.copy_(log.chosen_TK.reshape(-1)[: log.num_pairs])
+
+
 def resolve_torch(
     ids_TK: Tensor,
     tables: ResidencyTables,
@@ -119,6 +148,7 @@ def resolve_torch(
     *,
     evict: bool,
     dispatch: Dispatch | None = None,
+    log: IdLog | None = None,
 ) -> None:
     """Find the active experts' slots, give the missing ones new slots, list what to move.
 
@@ -136,6 +166,7 @@ def resolve_torch(
         work: overwritten in place; its counters are added to.
         evict: whether a resident that this step does not read may lose its slot.
         dispatch: if given, the pairs are also sorted by expert into it, see ``dispatch``.
+        log: if given, the router's ids are also kept there.
     """
     ids = ids_TK.reshape(-1)
     active_E = torch.zeros_like(tables.slot_of_E, dtype=torch.bool)
@@ -158,6 +189,8 @@ def resolve_torch(
     tables.clock.add_(1)
     if dispatch is not None:
         dispatch_torch(ids_TK, dispatch)
+    if log is not None:
+        log_torch(log)
 
 
 def replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
@@ -190,6 +223,7 @@ def resolve(
     *,
     evict: bool,
     dispatch: Dispatch | None = None,
+    log: IdLog | None = None,
 ) -> None:
     """Do what ``resolve_torch`` does, in one launch of one program that the host never waits for.
 
@@ -208,6 +242,7 @@ def resolve(
         work.load_expert_E, work.load_slot_E, work.num_loads,
         work.stream_expert_E, work.num_streams, work.counters,
         fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
+        log and log.chosen_TK.reshape(-1), log and log.log_TK, log.num_pairs if log else 0,
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),
         S2=max(16, triton.next_power_of_2(num_slots)), EVICT=evict,
         COUNT_CHUNK=count_chunk, RANK_CHUNK=rank_chunk,

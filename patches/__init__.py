@@ -21,8 +21,11 @@ SEAMS = {
     "routed_experts": "vllm.model_executor.layers.fused_moe.routed_experts",
     "moe_runner": "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "model_loader": "vllm.model_executor.model_loader.base_loader",
+    "block_pool": "vllm.v1.core.block_pool",
+    "scheduler": "vllm.v1.core.sched.scheduler",
     "worker": "vllm.v1.worker.gpu_worker",
     "cpu_worker": "vllm.v1.worker.cpu_worker",
+    "metrics": "vllm.entrypoints.serve.instrumentator.metrics",
 }
 """Module here and module of vLLM that it changes."""
 

@@ -15,6 +15,7 @@ from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_nam
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.version import check_version
+from vllm_moe_offload.recorder import prepare_directory
 
 logger = init_logger("vllm.moe_offload")
 
@@ -129,6 +130,50 @@ def _names_experts(segments: set[str]) -> bool:
     return not segments or any(
         word in _AROUND_EXPERTS or word.startswith(("w13_", "w2_")) for word in words
     )
+
+
+def check_recording(vllm_config: Any, config: MoeOffloadConfig) -> None:
+    """Refuse a directory that cannot be written to, and features whose rows are not one's own.
+
+    Raises:
+        OffloadError: for the directory, or the first such feature that is on.
+    """
+    if config.trace_path is None:
+        return
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    conflicts = [
+        (
+            "--data-parallel-size",
+            parallel.data_parallel_size,
+            parallel.data_parallel_size > 1,
+            "a layer then sees the tokens of other replicas too",
+        ),
+        (
+            "--prefill-context-parallel-size",
+            parallel.prefill_context_parallel_size,
+            parallel.prefill_context_parallel_size > 1,
+            "a worker then sees a part of each sequence",
+        ),
+        (
+            "--kv-sharing-fast-prefill",
+            True,
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "later layers then see fewer tokens than earlier ones",
+        ),
+        (
+            "enable_adaptive_verification",
+            True,
+            getattr(speculative, "enable_adaptive_verification", False),
+            "the host then does not know how many drafts each sequence runs",
+        ),
+    ]
+    for option, value, active, reason in conflicts:
+        if active:
+            raise OffloadError(
+                option, value, f"it does not work with trace_path: {reason}",
+                "Drop it, or drop --moe-offload-trace-path",
+            )  # fmt: skip
+    prepare_directory(Path(config.trace_path))
 
 
 def check_checkpoint(vllm_config: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.metrics import page
 from vllm_moe_offload.patches.wrapping import PatchError, wrap
 
 PLUGIN = "moe-offload"
@@ -194,8 +195,10 @@ def _create_engine_config(
         del vllm_config.additional_config[KEY]
         return vllm_config
     admission.check_features(vllm_config)
+    admission.check_recording(vllm_config, config)
     admission.check_checkpoint(vllm_config)
     vllm_config.additional_config[KEY] = config.model_dump(mode="json")
     if not vllm_config.parallel_config.worker_extension_cls:
         vllm_config.parallel_config.worker_extension_cls = WORKER_GUARD
+    page.open_folder()
     return vllm_config

@@ -22,6 +22,7 @@ from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine, describe
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.graph_ends import spans_layers
+from vllm_moe_offload.patches.recording import tokens_to_log
 from vllm_moe_offload.patches.routers import find_routers
 from vllm_moe_offload.patches.worker import engines_of_loading_worker
 from vllm_moe_offload.patches.wrapping import wrap
@@ -45,12 +46,14 @@ def _load_model(
     from vllm_moe_offload.layer import building
 
     device = vllm_config.load_config.device or vllm_config.device_config.device
+    config = MoeOffloadConfig.parse(options)
     engine = OffloadEngine(
-        MoeOffloadConfig.parse(options),
+        config,
         torch.device(device),
         workers_on_host=vllm_config.parallel_config.local_world_size,
         spans_layers=spans_layers,
         say=partial(logger.info, "moe-offload: %s"),
+        log_tokens=tokens_to_log(vllm_config, model_config, config),
     )
     with building(engine):
         model = original(self, vllm_config, model_config, prefix)

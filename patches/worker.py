@@ -1,27 +1,32 @@
-"""The worker's share: its engines, their statistics, and calls that offloading cannot serve.
+"""The worker's share: its engines, their statistics and recording, and what it cannot serve.
 
 Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics are logged between steps and start after warm-up.
+    sleep raise; statistics and recording start after warm-up and go on beside the steps, of which
+    they are only told.
 Can go: the refusals when the host pool can be refilled.
 """
 
-import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import reduce
+from dataclasses import asdict
+from functools import partial, reduce
 from operator import add
 from types import ModuleType
 from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_moe_offload.engine import EngineStats, OffloadEngine
+from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.metrics.page import Worker, page_path
+from vllm_moe_offload.metrics.reporter import Reporter, labelled
 from vllm_moe_offload.patches.lookahead import Lookahead
+from vllm_moe_offload.patches.recording import Recording
 from vllm_moe_offload.patches.wrapping import wrap
+from vllm_moe_offload.pcie import device_link
 
 logger = init_logger("vllm.moe_offload")
 
@@ -49,54 +54,84 @@ def engines_of_loading_worker() -> list[OffloadEngine]:
 
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     self.moe_offload_engines = []
-    self.moe_offload_logged_at = time.monotonic()
     self.moe_offload_lookahead = Lookahead(self.vllm_config)
+    self.moe_offload_reporter = None
     token = _loading.set(self.moe_offload_engines)
     try:
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
     finally:
         _loading.reset(token)
-
-
-def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Start the statistics anew once the worker has warmed up."""
-    result = original(self, *args, **kwargs)
-    for engine in _engines(self):
-        engine.reset_stats()
+    # The model that is served comes before the one that drafts for it.
+    if self.moe_offload_engines and self.moe_offload_engines[0].config.trace_path is not None:
+        self.moe_offload_recording = Recording(self, self.moe_offload_engines[0])
     return result
 
 
-def _execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Start the statistics anew and begin to record once the worker has warmed up."""
+    result = original(self, *args, **kwargs)
+    if recording := _recording(self):
+        recording.start()
+    engines = _engines(self)
+    for engine in engines:
+        engine.reset_stats()
+    if engines and self.moe_offload_reporter is None:
+        self.moe_offload_reporter = _reporter(self, engines)
+        self.moe_offload_reporter.start()
+    return result
+
+
+def _reporter(worker: Any, engines: list[OffloadEngine]) -> Reporter:
+    config = worker.vllm_config
+    served = config.model_config.served_model_name
+    identity = Worker(
+        model=served[0] if isinstance(served, list) else served,
+        engine=config.parallel_config.data_parallel_index,
+        rank=worker.rank,
+    )
+    device = engines[0].device
+
+    def link_rate() -> float | None:
+        link = device_link(device)
+        return link.bytes_per_s if link else None
+
+    return Reporter(
+        engines, identity, page_path(identity), partial(logger.info, "%s"), link_rate=link_rate
+    )
+
+
+def _execute_model(
+    original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     engines = _engines(self)
     if not engines:
-        return original(self, *args, **kwargs)
-    schedule = args[0] if args else kwargs["scheduler_output"]
-    tokens = self.moe_offload_lookahead.tokens_outside_graphs(schedule)
+        return original(self, scheduler_output, *args, **kwargs)
+    tokens = self.moe_offload_lookahead.tokens_outside_graphs(scheduler_output)
     for engine in engines:
-        engine.step_begins(tokens, schedule.total_num_scheduled_tokens)
-    result = original(self, *args, **kwargs)
-    next_tokens = self.moe_offload_lookahead.next_tokens(schedule)
+        engine.step_begins(tokens, scheduler_output.total_num_scheduled_tokens)
+    result = original(self, scheduler_output, *args, **kwargs)
+    if recording := _recording(self):
+        recording.note(self.model_runner, scheduler_output, result)
+    next_tokens = self.moe_offload_lookahead.next_tokens(scheduler_output)
     for engine in engines:
         engine.step_ended(next_tokens)
-    if interval := engines[0].config.stats_interval_s:
-        now = time.monotonic()
-        if now - self.moe_offload_logged_at >= interval:
-            self.moe_offload_logged_at = now
-            logger.info("%s", _line(_total(engines)))
+    if reporter := _reporter_of(self):
+        reporter.note_step()
     return result
 
 
 def _stats(self: Any) -> dict[str, Any] | None:
-    """Counts of this worker since warm-up, None if nothing is offloaded.
-
-    With a predictor ``foresight`` tells how well each layer was foreseen.
-    """
+    """Counts of this worker since warm-up, None if nothing is offloaded."""
     engines = _engines(self)
     if not engines:
         return None
-    stats: dict[str, Any] = _total(engines).as_dict()
-    foresight = [layer.as_dict() for engine in engines for layer in engine.foresight()]
-    return {**stats, "foresight": foresight} if foresight else stats
+    counts = [engine.layer_counts() for engine in engines]
+    totals = (engine.total(layers) for engine, layers in zip(engines, counts, strict=True))
+    return {
+        **reduce(add, totals).as_dict(),
+        "policies": engines[0].policies,
+        "by_layer": [{**asdict(layer), "coverage": layer.coverage} for layer in labelled(counts)],
+    }
 
 
 def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
@@ -107,6 +142,10 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
             "it discards weights, and offloaded experts cannot be loaded again",
             "Use level 1, or restart the server",
         )
+    if reporter := _reporter_of(self):
+        reporter.pause()
+    if recording := _recording(self):
+        recording.settle()  # what sleeps is unmapped
     return original(self, level)
 
 
@@ -122,6 +161,12 @@ def _refuse_weights(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 
 def _shutdown(original: Callable[..., Any], self: Any) -> Any:
+    if reporter := _reporter_of(self):
+        reporter.close()
+        self.moe_offload_reporter = None
+    if recording := _recording(self):
+        recording.close()
+    self.moe_offload_recording = None
     result = original(self)
     for engine in _engines(self):
         engine.close()
@@ -133,17 +178,9 @@ def _engines(worker: Any) -> list[OffloadEngine]:
     return getattr(worker, "moe_offload_engines", [])
 
 
-def _total(engines: list[OffloadEngine]) -> EngineStats:
-    return reduce(add, (engine.stats() for engine in engines))
+def _reporter_of(worker: Any) -> Reporter | None:
+    return getattr(worker, "moe_offload_reporter", None)
 
 
-def _line(stats: EngineStats) -> str:
-    return (
-        f"moe-offload: {stats.hit_ratio:.1%} of {stats.active} active experts were in slots, "
-        f"{stats.misses} moved ({stats.bytes_moved / 2**30:.2f} GiB, {stats.streamed} through "
-        f"staging), {stats.resident} of {stats.slots} slots in use"
-    ) + (
-        f", {stats.prefetched} fetched ahead, of which {stats.prefetch_hits} were read in time"
-        if stats.prefetched
-        else ""
-    )
+def _recording(worker: Any) -> Recording | None:
+    return getattr(worker, "moe_offload_recording", None)

@@ -1,8 +1,9 @@
-"""Replace an attribute of a vLLM class by a function that wraps it, once, or fail loudly."""
+"""Replace an attribute of a vLLM class or module by a function that wraps it, or fail loudly."""
 
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 _MARK = "_moe_offload_wraps"
@@ -12,7 +13,7 @@ class PatchError(RuntimeError):
     """vLLM's inside is not what a patch expects."""
 
 
-def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap(owner: type | ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace ``owner.name`` by ``wrapper(original, ...)``.
 
     Static and class methods stay what they are: the wrapper of a static method gets the original
@@ -20,18 +21,20 @@ def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     again is a no-op.
 
     Args:
-        owner: the class that is patched.
+        owner: the class, or the module of a function, that is patched.
         name: the attribute.
         wrapper: called with the original first.
 
     Raises:
-        PatchError: the class has no such attribute.
+        PatchError: the owner has no such attribute.
     """
     raw = inspect.getattr_static(owner, name, None)
     if raw is None:
+        is_module = isinstance(owner, ModuleType)
+        place = owner.__name__ if is_module else f"{owner.__module__}.{owner.__qualname__}"
         raise PatchError(
-            f"moe-offload: {owner.__module__}.{owner.__qualname__} has no {name} in this version "
-            "of vLLM. Install a tested version of vLLM, or drop --plugin moe-offload."
+            f"moe-offload: {place} has no {name} in this version of vLLM. Install a tested "
+            "version of vLLM, or drop --plugin moe-offload."
         )
     function = raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
     if hasattr(function, _MARK):

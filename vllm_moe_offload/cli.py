@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_moe_offload import __version__
+from vllm_moe_offload.doctor.command import add_doctor_parser
 from vllm_moe_offload.plan.command import add_plan_parser
 from vllm_moe_offload.simulate.command import add_simulate_parser
 from vllm_moe_offload.trace_command import add_trace_parser
+from vllm_moe_offload.watch.command import add_watch_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    add_doctor_parser(commands)
     add_plan_parser(commands)
     add_simulate_parser(commands)
     add_trace_parser(commands)
+    add_watch_parser(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 

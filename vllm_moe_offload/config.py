@@ -1,6 +1,7 @@
 """The plugin's options, one frozen object for the three ways to give them."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +20,7 @@ PositiveMiB = Annotated[float, Field(gt=0, le=100_000_000, allow_inf_nan=False)]
 NoOrPositiveMiB = Annotated[float, Field(ge=0, le=100_000_000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+Interval = Annotated[float, Field(ge=0.1, le=86_400 * 365, allow_inf_nan=False)]
 
 _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
@@ -28,6 +30,9 @@ _REMEDIES = {
     "prefetch_mb": "Give a number of MiB, 0 to only count what a predictor finds, or auto",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds, 0 to write no statistics",
+    "trace_path": "Give a directory that vLLM may write to, or leave it out to record nothing",
+    "trace_file_mb": "Give a positive number of MiB",
+    "trace_interval_s": "Give a number of seconds, 0.1 or more",
     "allow_dense": "Give true or false",
 }
 
@@ -69,19 +74,53 @@ class MoeOffloadConfig(BaseModel):
         default=60.0,
         description="Seconds between two log lines of statistics; 0 writes none.",
     )
+    trace_path: str | None = Field(
+        default=None,
+        description="Directory to record the routed experts in, and to start warm from.",
+    )
+    trace_file_mb: PositiveMiB = Field(
+        default=64.0,
+        description="Size in MiB at which a recorded file is complete and the next one begins.",
+    )
+    trace_interval_s: Interval = Field(
+        default=60.0,
+        description="Seconds between two writes of what was recorded; a crash loses that much.",
+    )
     allow_dense: bool = Field(
         default=False,
         description="Serve a model without experts untouched instead of refusing it.",
     )
 
     @field_validator(
-        "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", mode="before"
-    )
+        "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s",
+        "trace_file_mb", "trace_interval_s", mode="before",
+    )  # fmt: skip
     @classmethod
     def _no_flag(cls, value: object) -> object:
         if isinstance(value, bool):
             raise ValueError("a flag is no number")
         return value
+
+    @field_validator("trace_path")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("it is empty")
+        # The workers may run in another directory.
+        return value and os.path.abspath(os.path.expanduser(value))
+
+    @model_validator(mode="after")
+    def _trace_options_need_a_path(self) -> Self:
+        for name in ("trace_file_mb", "trace_interval_s"):
+            value = getattr(self, name)
+            if self.trace_path is None and value != type(self).model_fields[name].default:
+                raise OffloadError(
+                    name,
+                    value,
+                    "nothing is recorded without trace_path",
+                    "Give trace_path as well, or drop this option",
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_size_only(self) -> Self:

@@ -11,23 +11,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.counters import Counters
+from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
-from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
+from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
+from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
-from vllm_moe_offload.prefetch import LayerForesight, Prefetch
+from vllm_moe_offload.prefetch import Prefetch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
+from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
 from vllm_moe_offload.sweep import Sweep
 
 
@@ -46,7 +53,10 @@ class EngineStats:
     hits: int
     misses: int
     streamed: int
+    demand_bytes: int
+    wave_bytes: int
     bytes_moved: int
+    prefetch_bytes: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
 
@@ -72,6 +82,7 @@ class OffloadEngine:
         config: the plugin's options.
         device: where the layers are computed; the host itself is allowed.
         workers_on_host: processes that load a part of the same model into this host's memory.
+        log_tokens: tokens of the largest step if the routed ids are to be logged, else 0.
         spans_layers: whether work that a layer leaves beside it may go on until the next one; not
             while a CUDA graph is captured that may end in between.
         say: takes a line for the log.
@@ -83,22 +94,31 @@ class OffloadEngine:
         device: torch.device,
         *,
         workers_on_host: int = 1,
+        log_tokens: int = 0,
         spans_layers: Callable[[], bool] = lambda: True,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.device = device
+        self.step_log: StepLog | None = None
         self._workers_on_host = workers_on_host
+        self._log_tokens = log_tokens
         self.pool = HostPool()
         self.specs: list[LayerSpec] = []
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._counters: Counters | None = None
         self._prefetch: Prefetch | None = None
         self._spans_layers = spans_layers
         self._say = say or (lambda _: None)
         self.routers: Sequence[Router] | None = None
         """Of every layer, for a predictor that asks them; set before ``plan``."""
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """What decides which experts have a slot, by the name of the decision."""
+        return {"eviction": "lru", "predictor": self.config.predictor}
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -120,8 +140,13 @@ class OffloadEngine:
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(demands, self.config)
         self._check(budget)
+        rows = [segment.rows_EB for segment in self.pool.segments]
+        populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
         self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
+        if self._log_tokens:
+            top_k = self._common_top_k()
+            self.step_log = StepLog(len(self.specs), self._log_tokens, top_k, self.device)
         self.budget = budget
         return budget
 
@@ -132,6 +157,7 @@ class OffloadEngine:
         if self.device.type == "cuda":
             self.pool.register()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
+        self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
@@ -139,7 +165,35 @@ class OffloadEngine:
             self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
         )
 
-    def run(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    def fill_slots(self, score_LE: Sequence[NDArray[np.floating]]) -> int:
+        """Load the experts with the highest scores; not between the layers of a step.
+
+        Args:
+            score_LE: for each layer a score for each of the router's experts. An expert
+                without a positive one is not loaded.
+
+        Returns:
+            How many experts of all layers are in slots now.
+        """
+        filled = 0
+        for layer, score_E in zip(self._layers, score_LE, strict=True):
+            routing = layer.spec.routing
+            assert routing is not None
+            local_E = np.asarray(score_E)[list(routing.id_of_E)]
+            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
+            experts = hottest[local_E[hottest] > 0].astype(np.int32)
+            layer.fill(torch.from_numpy(experts).to(self.device))
+            filled += experts.size
+        return filled
+
+    def run(
+        self,
+        layer: int,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        chosen_TK: Tensor | None = None,
+    ) -> Tensor:
         """Compute the routed experts of a layer.
 
         A step over many tokens sweeps all experts with the copy engine's help, unless a CUDA
@@ -150,6 +204,7 @@ class OffloadEngine:
             x_TH: hidden states.
             weight_TK: router weights.
             ids_TK: routed local expert ids; negative ones are inactive.
+            chosen_TK: the router's ids where the local ones differ.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -159,11 +214,12 @@ class OffloadEngine:
             prefetch.settle()
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
             if part.is_sweep(ids_TK.numel()):
+                part.keep(ids_TK if chosen_TK is None else chosen_TK)
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
         if prefetch is None or part.is_sweep(ids_TK.numel()):
-            return part.step(x_TH, weight_TK, ids_TK)
-        y_TH = part.step(x_TH, weight_TK, ids_TK, partial(prefetch.look_ahead, layer))
+            return part.step(x_TH, weight_TK, ids_TK, chosen_TK)
+        y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK, partial(prefetch.look_ahead, layer))
         prefetch.layer_ended()
         return y_TH
 
@@ -196,40 +252,46 @@ class OffloadEngine:
 
     def _will_sweep(self, num_tokens: int) -> bool:
         return all(
-            layer.spec.top_k is not None and layer.is_sweep(num_tokens * layer.spec.top_k)
+            layer.spec.routing is not None and layer.is_sweep(num_tokens * layer.spec.routing.top_k)
             for layer in self._layers
         )
 
     def stats(self) -> EngineStats:
         """Return what happened since the start or the last reset; waits for the device."""
-        counts = [layer.residency.counts() for layer in self._layers]
-        missed = [count["loads"] + count["streams"] for count in counts]
-        moved = [
-            miss + count["surplus"] + count["prefetched"]
-            for miss, count in zip(missed, counts, strict=True)
-        ]
+        return self.total(self.layer_counts())
+
+    def layer_counts(self) -> list[LayerCounts]:
+        """Return the same by layer; waits for the device."""
+        return self._counters.read() if self._counters else []
+
+    def snapshot(self) -> list[LayerCounts] | None:
+        """Return about the same while steps go on, which do not notice; see ``Counters``."""
+        return self._counters.snapshot() if self._counters else []
+
+    def total(self, layers: Sequence[LayerCounts]) -> EngineStats:
+        """Add up the counts of all layers."""
+        demand_bytes = sum(layer.demand_bytes for layer in layers)
+        wave_bytes = sum(layer.wave_bytes for layer in layers)
+        prefetch_bytes = sum(layer.prefetch_bytes for layer in layers)
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
             slots=sum(self.budget.slots) if self.budget else 0,
-            resident=sum(layer.residency.num_resident() for layer in self._layers),
+            resident=sum(layer.resident for layer in layers),
             pool_bytes=self.pool.num_bytes,
             slot_bytes=self.arena.num_bytes,
             staging_bytes=self.staging.num_bytes,
-            active=sum(count["active"] for count in counts),
-            hits=sum(count["hits"] for count in counts),
-            misses=sum(missed),
-            streamed=sum(count["streams"] for count in counts),
-            prefetched=sum(count["prefetched"] for count in counts),
-            prefetch_hits=sum(count["prefetch_hits"] for count in counts),
-            bytes_moved=sum(
-                count * spec.layout.row_bytes for count, spec in zip(moved, self.specs, strict=True)
-            ),
+            active=sum(layer.active for layer in layers),
+            hits=sum(layer.hits for layer in layers),
+            misses=sum(layer.misses for layer in layers),
+            streamed=sum(layer.streams for layer in layers),
+            demand_bytes=demand_bytes,
+            wave_bytes=wave_bytes,
+            bytes_moved=demand_bytes + wave_bytes + prefetch_bytes,
+            prefetch_bytes=prefetch_bytes,
+            prefetched=sum(layer.prefetched for layer in layers),
+            prefetch_hits=sum(layer.prefetch_hits for layer in layers),
         )
-
-    def foresight(self) -> list[LayerForesight]:
-        """Return how well each layer was foreseen, none without a predictor; see ``stats``."""
-        return self._prefetch.foresight() if self._prefetch else []
 
     @property
     def predictor(self) -> Predictor | None:
@@ -258,7 +320,7 @@ class OffloadEngine:
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
-            slots = (expert_of_S != NOWHERE).nonzero().flatten()
+            slots = (expert_of_S >= 0).nonzero().flatten()
             held = layer.slots.rows_RB[slots.to(self.device)].cpu()
             assert torch.equal(held, segment.rows_EB[expert_of_S[slots].long()]), (
                 f"a slot of {segment.name} does not hold the expert that its table says"
@@ -266,8 +328,31 @@ class OffloadEngine:
 
     def close(self) -> None:
         """Unpin the pool."""
-        self._layers, self._prefetch = [], None
+        self._layers = []
+        self._counters = self._prefetch = None
         self.pool.close()
+
+    def _common_top_k(self) -> int:
+        """Experts a token of all layers.
+
+        Raises:
+            OffloadError: the layers differ, or have more experts than a log can tell apart.
+        """
+        routings = [spec.routing for spec in self.specs]
+        top_ks = sorted({routing.top_k for routing in routings if routing is not None})
+        problem = None
+        if len(top_ks) != 1 or None in routings:
+            problem = f"its layers choose different numbers of experts a token: {top_ks}"
+        elif max(r.num_experts for r in routings if r is not None) > MAX_EXPERTS:
+            problem = f"it has layers of more than {MAX_EXPERTS} experts"
+        if problem:
+            raise OffloadError(
+                "trace_path",
+                self.config.trace_path,
+                f"this model cannot be recorded: {problem}",
+                "Drop trace_path",
+            )
+        return top_ks[0]
 
     def _check(self, budget: Budget) -> None:
         host = available_host_memory().shared_by(self._workers_on_host)
@@ -293,6 +378,7 @@ class OffloadEngine:
             residency=Residency(spec.num_experts, slots.shape[0], self.device),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
+            log_TK=self.step_log.layer(number) if self.step_log else None,
         )
 
     @staticmethod

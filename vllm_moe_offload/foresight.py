@@ -28,7 +28,8 @@ def check_foresight(
     """
     if config.predictor == "none":
         return
-    experts, top_ks = {spec.num_experts for spec in specs}, {spec.top_k for spec in specs}
+    experts = {spec.num_experts for spec in specs}
+    top_ks = {spec.routing and spec.routing.top_k for spec in specs}
     problem = None
     if len(specs) < 2:
         problem = "it guesses from one offloaded layer to the next, and there is only one"
@@ -69,14 +70,14 @@ def make_prefetch(
     """
     if config.predictor == "none":
         return None
-    top_k = layers[0].spec.top_k
-    assert top_k is not None
+    routing = layers[0].spec.routing
+    assert routing is not None
     return Prefetch(
         layers,
         _predictor(config.predictor, layers, routers, device),
         device,
         _rows(config, layers, device, say),
-        top_k=top_k,
+        top_k=routing.top_k,
         spans_layers=spans_layers,
     )
 

@@ -21,7 +21,7 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 
 logger = init_logger("vllm.moe_offload")
 
@@ -109,8 +109,8 @@ class OffloadMixin(FusedMoEMethodBase):
             ),
             activation=_activation(layer, self.offload_prefix),
             weight_on_input=layer.apply_router_weight_on_input,
-            top_k=self.moe.experts_per_token,
             tiles=self.offload_tiles,
+            routing=_routing(layer),
         )
         self.offload_layer, segment = self.offload_engine.add_layer(spec)
         views = segment.views()
@@ -140,7 +140,7 @@ class OffloadMixin(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Run the routed experts. Shared experts are the runner's business."""
         ids_TK = _local_ids(topk_ids, layer.expert_map)
-        return self.offload_engine.run(self.offload_layer, x, topk_weights, ids_TK)
+        return self.offload_engine.run(self.offload_layer, x, topk_weights, ids_TK, topk_ids)
 
 
 def _activation(layer: Any, prefix: str) -> activation.Activation:
@@ -169,6 +169,16 @@ def _activation(layer: Any, prefix: str) -> activation.Activation:
     )
 
 
+def _routing(layer: Any) -> Routing:
+    local = [(layer._map_global_expert_id_to_local_expert_id(expert), expert)
+             for expert in range(layer.global_num_experts)]  # fmt: skip
+    return Routing(
+        num_experts=layer.global_num_experts,
+        top_k=layer.moe_config.experts_per_token,
+        id_of_E=tuple(expert for position, expert in sorted(local) if position >= 0),
+    )
+
+
 def _local_ids(ids_TK: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
     """Local ids of the experts that this worker holds, -1 for the others and for padding."""
     if expert_map is None:
@@ -179,8 +189,7 @@ def _local_ids(ids_TK: torch.Tensor, expert_map: torch.Tensor | None) -> torch.T
 
 def _checkpoint_name(layer: Any, gap: fill.Gap) -> str:
     """Name a gap as checkpoints do that store experts one by one."""
-    experts = {layer._map_global_expert_id_to_local_expert_id(e): e
-               for e in range(layer.global_num_experts)}  # fmt: skip
+    experts = _routing(layer).id_of_E
     stem, _, kind = gap.tensor.partition("_")
     if stem == "w2":
         part = layer.ckpt_down_proj_name

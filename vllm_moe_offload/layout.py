@@ -58,24 +58,26 @@ class ExpertLayout:
         """View every tensor over all rows.
 
         Args:
-            rows: contiguous uint8 [R, row_bytes].
+            rows: uint8 [R, row_bytes], each contiguous; rows may be further apart than their
+                size, by a multiple of ``ROW_ALIGNMENT``.
 
         Returns:
             By name a strided [R, *shape] tensor that shares the memory of ``rows``.
         """
         assert rows.dtype == torch.uint8
         assert rows.shape[1:] == (self.row_bytes,)
-        assert rows.is_contiguous()
+        assert rows.stride(1) == 1
+        assert rows.shape[0] <= 1 or rows.stride(0) % ROW_ALIGNMENT == 0
         return {spec.name: self._view(rows, spec) for spec in self.tensors}
 
     def _view(self, rows: Tensor, spec: TensorSpec) -> Tensor:
         size = spec.dtype.itemsize
-        flat = rows.view(-1).view(spec.dtype)
+        typed = rows.view(spec.dtype)
         strides = [math.prod(spec.shape[i + 1 :]) for i in range(len(spec.shape))]
-        return flat.as_strided(
+        return typed.as_strided(
             (rows.shape[0], *spec.shape),
-            (self.row_bytes // size, *strides),
-            flat.storage_offset() + spec.offset // size,
+            (typed.stride(0), *strides),
+            typed.storage_offset() + spec.offset // size,
         )
 
 

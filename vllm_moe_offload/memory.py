@@ -33,18 +33,28 @@ def available_host_memory(root: Path = Path("/")) -> HostMemory:
     Args:
         root: where ``proc`` and ``sys`` are mounted.
     """
-    candidates = [HostMemory(_meminfo(root)["MemAvailable"], "free memory of the machine")]
-    candidates += _cgroup_limits(root)
+    candidates = [HostMemory(meminfo(root)["MemAvailable"], "free memory of the machine")]
+    candidates += (
+        HostMemory(max(0, maximum - used), f"the container's limit of {maximum} bytes")
+        for maximum, used in _cgroup_limits(root)
+    )
     return min(candidates, key=lambda candidate: candidate.available)
 
 
-def _meminfo(root: Path) -> dict[str, int]:
+def cgroup_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the tightest control group of this process allows, None without a limit."""
+    return min((maximum for maximum, _ in _cgroup_limits(root)), default=None)
+
+
+def meminfo(root: Path = Path("/")) -> dict[str, int]:
+    """Read the kernel's memory statistics, those in kB as bytes."""
     lines = (root / "proc/meminfo").read_text().splitlines()
     fields = (line.split() for line in lines)
     return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}
 
 
-def _cgroup_limits(root: Path) -> Iterator[HostMemory]:
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Limits of the groups that this process is in, and the bytes in use under each."""
     mount = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
@@ -60,7 +70,7 @@ def _cgroup_limits(root: Path) -> Iterator[HostMemory]:
             )
 
 
-def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[HostMemory]:
+def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
     """Limits of a group and of every group above it.
 
     Inside a container the group's own path often does not exist under the mount, while the
@@ -73,7 +83,7 @@ def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterat
         if maximum is None or maximum >= _CGROUP_V1_UNLIMITED:
             continue
         used = (_number(folder / usage) or 0) - _statistic(folder / "memory.stat", cache)
-        yield HostMemory(max(0, maximum - used), f"the container's limit of {maximum} bytes")
+        yield maximum, used
 
 
 def _lines(path: Path) -> list[str]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig, tile_config
 from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.kernels.resolve import IdLog, log_torch
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.residency import Residency
 
@@ -22,12 +24,25 @@ once, so what it brings in tells nothing about the steps after it and may evict 
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a layer's router sees the experts: all of the model's, by ids of its own.
+
+    ``id_of_E`` is the router's id of each local expert.
+    """
+
+    num_experts: int
+    top_k: int
+    id_of_E: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One MoE layer as the engine needs to know it.
 
     ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
-    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens. With a
-    known ``top_k`` a sweep's copies can begin before its first layer runs.
+    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens.
+    ``routing`` is needed to record what is routed and to start warm from it; with it a sweep's
+    copies can begin before its first layer runs.
     """
 
     name: str
@@ -35,8 +50,8 @@ class LayerSpec:
     layout: ExpertLayout
     activation: Activation
     weight_on_input: bool = False
-    top_k: int | None = None
     tiles: Callable[[int], TileConfig] | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -82,23 +97,41 @@ class OffloadedLayer:
     row_of_E: Tensor
     """Scratch for the map of a wave, int32."""
     operations: Operations
+    log_TK: Tensor | None = None
+    """Where each step leaves the router's ids, if they are recorded."""
 
     def is_sweep(self, num_pairs: int) -> bool:
         """Whether so many routed pairs are sure to need nearly all experts."""
         return num_pairs >= SWEEP_PAIRS_PER_EXPERT * self.spec.num_experts
+
+    def keep(self, chosen_TK: Tensor) -> None:
+        """Leave the router's ids of a step that does not resolve them, if they are recorded."""
+        if self.log_TK is not None:
+            log_torch(self._log(chosen_TK, self.log_TK))
+
+    def fill(self, experts: Tensor) -> None:
+        """Let these local experts, the hottest first, be the only ones in the slots."""
+        self.residency.fill(experts)
+        work = self.residency.work
+        self.operations.gather(
+            self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
+            work.num_loads,
+        )  # fmt: skip
 
     def step(
         self,
         x_TH: Tensor,
         weight_TK: Tensor,
         ids_TK: Tensor,
+        chosen_TK: Tensor | None = None,
         ahead: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Resolve, load what is missing, compute, in launches that follow from shapes alone.
 
         The residents, those just brought in among them, are computed first. Experts that got
-        no slot follow in waves through staging. ``ahead`` is called with the input and the ids
-        when what is missing has been queued: what it queues comes after demand.
+        no slot follow in waves through staging. ``chosen_TK`` are the router's ids where the local
+        ones differ. ``ahead`` is called with the input and the ids when what is missing has been
+        queued: what it queues comes after demand.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -106,7 +139,9 @@ class OffloadedLayer:
         products = Products(self, x_TH, weight_TK, ids_TK)
         tables, work, do = self.residency.tables, self.residency.work, self.operations
         evict = not self.is_sweep(ids_TK.numel())
-        do.resolve(ids_TK, tables, work, evict=evict, dispatch=products.lists)
+        chosen_TK = ids_TK if chosen_TK is None else chosen_TK
+        log = None if self.log_TK is None else self._log(chosen_TK, self.log_TK)
+        do.resolve(ids_TK, tables, work, evict=evict, dispatch=products.lists, log=log)
         do.gather(
             self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
             work.num_loads,
@@ -124,6 +159,17 @@ class OffloadedLayer:
             do.wave_map(work, first, self.row_of_E, rows=rows)
             products.compute(self.row_of_E, block.weights)
         return products.total()
+
+    def _log(self, chosen_TK: Tensor, log_TK: Tensor) -> IdLog:
+        if chosen_TK.shape[1] != log_TK.shape[1]:
+            raise OffloadError(
+                "trace_path",
+                self.spec.name,
+                f"the layer's router chose {chosen_TK.shape[1]} experts a token where its "
+                f"configuration says {log_TK.shape[1]}",
+                "Drop trace_path for this model",
+            )
+        return IdLog(chosen_TK, log_TK)
 
     def _waves(self, num_pairs: int, *, evict: bool) -> range:
         """First positions in the list of streams of every wave that a step may need.

@@ -37,36 +37,6 @@ PENDING_STEPS = 64
 """Steps whose time is still to be read; the oldest are dropped, the host never waits."""
 
 
-@dataclass(frozen=True)
-class LayerForesight:
-    """How well one layer was foreseen, in experts since the start.
-
-    ``found`` of the ``guessed`` experts were asked for, of ``foreseeable`` in all; ``hits`` of the
-    ``prefetched`` ones were read in the step they were fetched for.
-    """
-
-    layer: str
-    guessed: int
-    found: int
-    foreseeable: int
-    prefetched: int
-    hits: int
-
-    @property
-    def coverage(self) -> float:
-        """Share of what was asked for that had been guessed."""
-        return self.found / self.foreseeable if self.foreseeable else 0.0
-
-    @property
-    def precision(self) -> float:
-        """Share of what was prefetched that was read."""
-        return self.hits / self.prefetched if self.prefetched else 0.0
-
-    def as_dict(self) -> dict[str, str | int | float]:
-        """All of it by name."""
-        return {**vars(self), "coverage": self.coverage, "precision": self.precision}
-
-
 class _Beside:
     """Order between copies and computation where both are one sequence, as on a CPU."""
 
@@ -174,7 +144,7 @@ class Prefetch:
             self.predictor.learn(self._outlook.ids_LTK, ids_TK.shape[0])
             return
         part = self._layers[number + 1]
-        if 0 < part.residency.num_slots < part.spec.num_experts and self._may_fetch:
+        if part.residency.num_slots > 0 and self._may_fetch:
             self._beside.fork()
             self._fetch(part)
 
@@ -204,21 +174,6 @@ class Prefetch:
         """Note when the step is done."""
         if self._control is not None:
             self._clock.end()
-
-    def foresight(self) -> list[LayerForesight]:
-        """Return how well each layer but the first was foreseen; waits for the device."""
-        return [
-            LayerForesight(
-                layer=layer.spec.name,
-                guessed=counts["guessed"],
-                found=counts["found"],
-                foreseeable=counts["foreseeable"],
-                prefetched=counts["prefetched"],
-                hits=counts["prefetch_hits"],
-            )
-            for layer in self._layers[1:]
-            for counts in [layer.residency.counts()]
-        ]
 
     def check_integrity(self) -> None:
         """Raise if demand is left over that would be added to the next."""

@@ -1,8 +1,12 @@
 """Residency: which expert of a layer sits in which of its slots."""
 
 import torch
+from torch import Tensor
 
 from vllm_moe_offload.kernels.resolve import (
+    CLOSED,
+    FOREVER,
+    NEVER,
     NOWHERE,
     Counter,
     ResidencyTables,
@@ -22,6 +26,7 @@ class Residency:
     def __init__(self, num_experts: int, num_slots: int, device: torch.device) -> None:
         self.tables = ResidencyTables.empty(num_experts, num_slots, device)
         self.work = WorkList.empty(num_experts, device)
+        self.first_open = 0
 
     @property
     def num_experts(self) -> int:
@@ -33,6 +38,11 @@ class Residency:
         """Slots of the layer."""
         return self.tables.expert_of_S.numel()
 
+    @property
+    def num_open(self) -> int:
+        """Slots that may hold an expert now."""
+        return self.num_slots - self.first_open
+
     def counts(self) -> dict[str, int]:
         """Experts counted since the start by what happened to them; waits for the device."""
         values = self.work.counters.tolist()
@@ -40,16 +50,64 @@ class Residency:
 
     def num_resident(self) -> int:
         """Experts that have a slot now; waits for the device."""
-        return int((self.tables.expert_of_S != NOWHERE).sum())
+        return int((self.tables.expert_of_S >= 0).sum())
+
+    def open_from(self, first: int) -> None:
+        """Use the slots from ``first`` on, and none before it.
+
+        Slots that open are empty; experts in slots that close are resident no more. Queued on
+        the device like any other work: what was queued before still reads a closed slot, what
+        comes after neither reads nor fills it.
+        """
+        tables = self.tables
+        if first > self.first_open:
+            closed = slice(self.first_open, first)
+            inside_E = (tables.slot_of_E >= self.first_open) & (tables.slot_of_E < first)
+            tables.slot_of_E.masked_fill_(inside_E, NOWHERE)
+            tables.expert_of_S[closed] = CLOSED
+            tables.stamp_S[closed] = FOREVER
+        else:
+            opened = slice(first, self.first_open)
+            tables.expert_of_S[opened] = NOWHERE
+            tables.stamp_S[opened] = NEVER
+        self.first_open = first
+
+    def fill(self, experts: Tensor) -> None:
+        """Give the first open slots to these experts, empty the others, list the experts as loads.
+
+        Args:
+            experts: int32 on the device, each once, no more than there are slots. The first
+                counts as the most recently used.
+        """
+        tables, work, count, first = self.tables, self.work, experts.numel(), self.first_open
+        assert count <= self.num_open, f"{count} experts, {self.num_open} slots"
+        rank = torch.arange(count, dtype=torch.int32, device=experts.device)
+        slots = first + rank
+        tables.slot_of_E.fill_(NOWHERE)
+        tables.expert_of_S[first:] = NOWHERE
+        tables.stamp_S[first:] = NEVER
+        # As if the experts had been read in the last steps, one in each.
+        tables.clock.add_(count)
+        tables.slot_of_E[experts.long()] = slots
+        tables.expert_of_S[first : first + count] = experts
+        tables.stamp_S[first : first + count] = tables.clock - 1 - rank
+        work.load_expert_E[:count] = experts
+        work.load_slot_E[:count] = slots
+        work.num_loads.fill_(count)
+        work.counters[Counter.SURPLUS] += count
 
     def check_integrity(self) -> None:
         """Raise unless the two maps are inverse and the counters add up."""
         slot_of_E, expert_of_S = self.tables.slot_of_E.cpu(), self.tables.expert_of_S.cpu()
         experts = torch.nonzero(slot_of_E != NOWHERE).flatten()
-        slots = torch.nonzero(expert_of_S != NOWHERE).flatten()
+        slots = torch.nonzero(expert_of_S >= 0).flatten()
         assert experts.numel() == slots.numel(), "an expert or a slot is mapped twice"
         assert torch.equal(expert_of_S[slot_of_E[experts].long()].long(), experts)
         assert torch.equal(slot_of_E[expert_of_S[slots].long()].long(), slots)
-        assert bool((self.tables.stamp_S < self.tables.clock).all()), "a slot is ahead of time"
+        closed = self.tables.expert_of_S == CLOSED
+        assert int(closed.sum()) == int(closed[: self.first_open].sum()) == self.first_open
+        assert bool((self.tables.stamp_S[closed] == FOREVER).all()), "a closed slot may be taken"
+        ahead = ~closed & (self.tables.stamp_S >= self.tables.clock)
+        assert not bool(ahead.any()), "a slot is ahead of time"
         counts = self.counts()
         assert counts["active"] == counts["hits"] + counts["loads"] + counts["streams"]

@@ -204,7 +204,8 @@ class Sweep:
         """Give slots that hold nothing to the first experts that have none."""
         part = self._layers[number]
         used = set(slot_of_E)
-        empty = [slot for slot in range(part.residency.num_slots) if slot not in used]
+        open_slots = range(part.residency.first_open, part.residency.num_slots)
+        empty = [slot for slot in open_slots if slot not in used]
         absent = [e for e, slot in enumerate(slot_of_E) if slot == NOWHERE]
         pairs = list(zip(absent, empty, strict=False))
         if not pairs:

@@ -3,17 +3,15 @@
 Legend: T tokens, L MoE layers, K choices a token, E experts of a layer.
 """
 
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_moe_offload import npz
 from vllm_moe_offload.errors import OffloadError
 
 SUFFIX = ".npz"
@@ -75,7 +73,7 @@ class Trace:
         return np.repeat(np.arange(self.num_sequences), lengths)
 
     def save(self, path: Path) -> None:
-        """Write the file; a crash leaves the old one or none, never half of one."""
+        """Write the file as ``npz.save`` does."""
         arrays: dict[str, Any] = {
             "expert_ids": self.expert_ids,
             "sequence_starts": self.sequence_starts,
@@ -85,13 +83,7 @@ class Trace:
         }
         if self.is_decode is not None:
             arrays["is_decode"] = self.is_decode
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        npz.save(path, arrays)
 
 
 def load(path: str | Path) -> Trace:
@@ -101,16 +93,37 @@ def load(path: str | Path) -> Trace:
         OffloadError: there is no such file, it is damaged, or it is not a trace.
     """
     path = Path(path)
-    if not path.exists():
-        raise OffloadError("trace", path, "there is no such file", "Check the path")
-    if not zipfile.is_zipfile(path):
-        raise OffloadError("trace", path, f"it is no {SUFFIX} file, or its end is lost", _REMEDY)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise OffloadError("trace", path, f"it cannot be read: {error}", _REMEDY) from error
-    return _from_arrays(path, arrays)
+    return _from_arrays(path, npz.load(path, "trace", _REMEDY))
+
+
+def load_all(path: Path) -> list[Trace]:
+    """Read a trace, or all of a directory: one for each model and source, file after file.
+
+    Raises:
+        OffloadError: as for ``load``, or the directory holds none.
+    """
+    if not path.is_dir():
+        return [load(path)]
+    alike: dict[object, list[Trace]] = {}
+    for file in sorted(path.glob(f"*{SUFFIX}")):
+        trace = load(file)
+        shape = (trace.num_layers, trace.top_k, trace.num_experts)
+        alike.setdefault((trace.model, trace.source, shape), []).append(trace)
+    if not alike:
+        raise OffloadError("trace", path, f"there is no {SUFFIX} file in it", "Check the path")
+    return [join(traces) for traces in alike.values()]
+
+
+def join(traces: Sequence[Trace]) -> Trace:
+    """Put the sequences of traces of one shape one after the other."""
+    decodes = [trace.is_decode for trace in traces if trace.is_decode is not None]
+    lengths = np.concatenate([np.diff(trace.sequence_starts) for trace in traces])
+    return replace(
+        traces[0],
+        expert_ids=np.concatenate([trace.expert_ids for trace in traces]),
+        sequence_starts=np.cumsum([0, *lengths], dtype=np.int64),
+        is_decode=np.concatenate(decodes) if len(decodes) == len(traces) else None,
+    )
 
 
 def _from_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Trace:

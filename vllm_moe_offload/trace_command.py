@@ -15,7 +15,7 @@ def add_trace_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     summary = "Show contents, hot experts, entropy of each layer and reuse distances."
     show = actions.add_parser("show", help=summary, description=summary)
-    show.add_argument("file", type=Path, metavar="FILE", help="a .npz file")
+    show.add_argument("file", type=Path, metavar="FILE", help="a .npz file, or a directory of them")
     show.add_argument(
         "--plot",
         type=Path,
@@ -29,13 +29,18 @@ def run_trace(args: argparse.Namespace) -> int:
     """Show a trace on the standard output; returns the exit status."""
     # Late, so that other subcommands do not wait for numpy.
     from vllm_moe_offload import trace_report
-    from vllm_moe_offload.trace import load
+    from vllm_moe_offload.trace import load_all
 
     try:
-        trace = load(args.file)
+        traces = load_all(args.file)
+        if args.plot and len(traces) > 1:
+            raise OffloadError(
+                "--plot", args.plot, f"{args.file} holds {len(traces)} recordings", "Give one file"
+            )
+        for trace in traces:
+            trace_report.show(trace, args.file)
         if args.plot:
-            trace_report.plot(trace, args.plot)
-        trace_report.show(trace, args.file)
+            trace_report.plot(traces[0], args.plot)
     except OffloadError as error:
         print(error, file=sys.stderr)
         return 2

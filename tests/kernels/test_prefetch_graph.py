@@ -10,7 +10,7 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 
 L, T, K, E, H, COLUMNS = 4, 3, 2, 16, 64, 32
 ROW = ExpertLayout.pack([("w13_weight", (2 * COLUMNS, H), torch.bfloat16),
@@ -26,7 +26,8 @@ def make(device, **options) -> OffloadEngine:
     engine = OffloadEngine(MoeOffloadConfig.parse(options), device)
     generator = torch.Generator().manual_seed(0)
     for number in range(L):
-        spec = LayerSpec(f"layer {number}", E, ROW, Activation("silu"), top_k=K)
+        routing = Routing(E, K, tuple(range(E)))
+        spec = LayerSpec(f"layer {number}", E, ROW, Activation("silu"), routing=routing)
         _, segment = engine.add_layer(spec)
         for view in segment.views().values():
             view.copy_(torch.randn(view.shape, generator=generator) * 0.1)

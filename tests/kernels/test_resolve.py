@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from vllm_moe_offload.kernels import resolve as module
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.resolve import (
+    CLOSED,
+    FOREVER,
     NEVER,
     NOWHERE,
+    IdLog,
     ResidencyTables,
     WorkList,
     resolve,
@@ -63,7 +66,7 @@ def routed(case: Case, device: torch.device) -> torch.Tensor:
 
 
 def random_tables(case: Case, device: torch.device) -> ResidencyTables:
-    """Fill some slots with experts, at times close together, equal and long past."""
+    """Fill some slots with experts, at times close together, equal and long past; close some."""
     tables = ResidencyTables.empty(case.num_experts, case.num_slots, device)
     count = case.num_slots if case.seed % 2 else int(torch.randint(case.num_slots + 1, ()))
     slots = torch.randperm(case.num_slots)[:count].to(device)
@@ -73,6 +76,9 @@ def random_tables(case: Case, device: torch.device) -> ResidencyTables:
     ages = torch.randint(1, 5, (count,)).to(device) * (2**33 if case.clock > 2**36 else 1)
     tables.stamp_S[slots] = (case.clock - ages).clamp(min=NEVER)
     tables.clock.fill_(case.clock)
+    closed = (tables.expert_of_S == NOWHERE) & (torch.rand(case.num_slots) < 0.5).to(device)
+    tables.expert_of_S[closed] = CLOSED
+    tables.stamp_S[closed] = FOREVER
     return tables
 
 
@@ -193,6 +199,39 @@ def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
     resolve_torch(ids_TK, expected_tables, expected_work, evict=True, dispatch=expected)
     assert_same_dispatch(lists, expected)
     assert int(work.counters[0]) == int(expected_work.counters[0])
+
+
+@pytest.mark.parametrize("room", [40, 3, 0], ids=["room", "little", "none"])
+@given(case=cases())
+def test_resolve_also_logs_ids(case, room, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = copy(tables), copy(work)
+    ids_TK = routed(case, device)
+    # What the router chose is more than what this worker holds.
+    chosen_TK = torch.where(ids_TK < 0, 30_000, ids_TK + 7)
+    log_TK = torch.full((room, case.shape[1]), POISON, dtype=torch.int16, device=device)
+    expected_TK = log_TK.clone()
+    resolve(ids_TK, tables, work, evict=case.evict, log=IdLog(chosen_TK, log_TK))
+    resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict,
+                  log=IdLog(chosen_TK, expected_TK))  # fmt: skip
+    assert_same(tables, work, expected_tables, expected_work)
+    assert torch.equal(log_TK, expected_TK)
+    kept = min(room, case.shape[0])
+    assert torch.equal(log_TK[:kept], chosen_TK[:kept].short())
+    assert bool((log_TK[kept:] == POISON).all())
+
+
+def test_resolve_logs_ids_in_chunks(device):
+    case = Case(0, 64, 8, 0, (90, 4), 0.1, torch.int64, True)
+    torch.manual_seed(0)
+    tables, work = random_tables(case, device), WorkList.empty(64, device)
+    ids_TK = routed(case, device)
+    log_TK = torch.full((100, 4), POISON, dtype=torch.int16, device=device)
+    with mock.patch.object(module, "COUNT_CHUNK", 128):
+        resolve(ids_TK, tables, work, evict=True, log=IdLog(ids_TK, log_TK))
+    assert torch.equal(log_TK[:90], ids_TK.short())
+    assert bool((log_TK[90:] == POISON).all())
 
 
 @given(

@@ -13,11 +13,12 @@ from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig, combine, expert_mlp
 from vllm_moe_offload.kernels.gather import gather
-from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList, resolve, wave_map
+from vllm_moe_offload.kernels.resolve import IdLog, ResidencyTables, WorkList, resolve, wave_map
 
 E, T, K, R = 6, 5, 2, 2
 H, I = 32, 24  # noqa: E741
 ROW_BYTES = 3 * 4096
+NOBODY = -5
 CONFIG = TileConfig(block_m=16, block_n=32, block_k=32, group_m=1, num_warps=4, num_stages=2)
 
 
@@ -43,11 +44,13 @@ class Layer:
         self.lists = Dispatch.empty(T * K, E, CONFIG.block_m, device)
         self.row_of_E = torch.zeros(E, dtype=torch.int32, device=device)
         self.rows_TKH = torch.full((T, K, H), float("nan"), device=device)
+        self.log_TK = torch.full((T, K), NOBODY, dtype=torch.int16, device=device)
 
     def step(self, x_TH, weight_TK, ids_TK, y_TH, *, evict: bool) -> None:
         work = self.work
         self.rows_TKH.fill_(float("nan"))
-        resolve(ids_TK, self.tables, work, evict=evict, dispatch=self.lists)
+        log = IdLog(ids_TK, self.log_TK)
+        resolve(ids_TK, self.tables, work, evict=evict, dispatch=self.lists, log=log)
         gather(
             self.pool_EB, self.slots_SB, work.load_expert_E, work.load_slot_E, work.num_loads
         )  # fmt: skip
@@ -116,6 +119,7 @@ def test_bits_do_not_depend_on_the_slots(num_slots, evict, pool_EB, device):
         inputs = Inputs.draw(seed, device)
         layer.step(inputs.x_TH, inputs.weight_TK, inputs.ids_TK, inputs.y_TH, evict=evict)
         assert torch.equal(inputs.y_TH, expected(pool_EB, inputs))
+        assert torch.equal(layer.log_TK, inputs.ids_TK.short())
 
 
 @pytest.mark.gpu
@@ -129,11 +133,12 @@ def test_a_graph_serves_other_routings(num_slots, pool_EB, device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.step(*arguments, evict=True)
-    for seed in range(1, 200):
+    for seed in range(1, 1001):
         other = Inputs.draw(seed, device)
         inputs.copy_(other)
         graph.replay()
         assert torch.equal(inputs.y_TH, expected(pool_EB, other))
+        assert torch.equal(layer.log_TK, other.ids_TK.short())
 
 
 @pytest.mark.gpu

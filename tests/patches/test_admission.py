@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
-from vllm.config import WeightTransferConfig
+from vllm.config import SpeculativeConfig, WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
@@ -101,6 +101,50 @@ def test_what_the_cpu_has_not(configure, field):
     message = str(error.value)
     assert f"--{field.replace('_', '-')} = True: " in message
     assert DROP in message
+
+
+def test_recording_makes_its_directory(configure, tmp_path):
+    where = tmp_path / "a" / "b"
+    config = configure(options={"trace_path": str(where)})
+    assert config.additional_config["moe_offload"]["trace_path"] == str(where)
+    assert list(where.iterdir()) == []
+
+
+def test_recording_to_where_nothing_can_be_written(refusal, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(options={"trace_path": str(tmp_path / "file")})
+    assert f"trace_path = {tmp_path / 'file'}: it cannot be written to" in message
+    assert "leave trace_path out" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "option", "value"),
+    [
+        ("parallel_config.data_parallel_size", "--data-parallel-size", 2),
+        ("parallel_config.prefill_context_parallel_size", "--prefill-context-parallel-size", 2),
+        ("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", True),
+        ("speculative_config", "enable_adaptive_verification", True),
+    ],
+)
+def test_recording_beside_what_mixes_rows(configure, tmp_path, place, option, value):
+    config = copy.deepcopy(configure())
+    wanted = MoeOffloadConfig.parse({"trace_path": str(tmp_path / "traces")})
+    admission.check_recording(config, wanted)
+    owner, _, field = place.rpartition(".")
+    if field == "speculative_config":
+        config.speculative_config = SimpleNamespace(enable_adaptive_verification=True)
+    else:
+        assert hasattr(getattr(config, owner), field)
+        setattr(getattr(config, owner), field, value)
+    admission.check_recording(config, MoeOffloadConfig.parse({}))
+    with pytest.raises(OffloadError) as error:
+        admission.check_recording(config, wanted)
+    assert f"{option} = {value}: it does not work with trace_path" in str(error.value)
+    assert "drop --moe-offload-trace-path" in str(error.value)
+
+
+def test_adaptive_verification_is_still_called_that():
+    assert "enable_adaptive_verification" in SpeculativeConfig.__dataclass_fields__
 
 
 EXPERTS = [set(), {"experts"}, {"w13_weight"}, {"mlp.experts.w2_weight"}, {"self_attn", "experts"},

@@ -1,30 +1,39 @@
 import inspect
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm.v1.worker.cpu_worker
 import vllm.v1.worker.gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import EngineStats
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.metrics import page, reporter
 from vllm_moe_offload.patches import cpu_worker, worker
 from vllm_moe_offload.patches.wrapping import _MARK, PatchError
-from vllm_moe_offload.prefetch import LayerForesight
 
 COUNTS = EngineStats(
     layers=2, experts_in_pool=16, slots=8, resident=5, pool_bytes=1600, slot_bytes=800,
-    staging_bytes=200, active=10, hits=6, misses=4, streamed=1, bytes_moved=1 << 30,
+    staging_bytes=200, active=10, hits=6, misses=4, streamed=1, demand_bytes=3, wave_bytes=1,
+    bytes_moved=4,
 )  # fmt: skip
 
 IDLE = SchedulerOutput.make_empty()
 
 
+LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0, found=2,
+                    foreseeable=4)  # fmt: skip
+
+
 class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
-        self.config = SimpleNamespace(stats_interval_s=interval)
+        self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
+        self.device = torch.device("cpu")
+        self.policies = {"eviction": "lru"}
         self.resets = self.closed = 0
-        self.layers = []
         self.steps = []
 
     def step_begins(self, num_tokens: int, scheduled: int) -> None:
@@ -33,11 +42,15 @@ class FakeEngine:
     def step_ended(self, next_tokens: int) -> None:
         self.steps.append(("ended", next_tokens))
 
-    def stats(self) -> EngineStats:
-        return COUNTS
+    def layer_counts(self) -> list[LayerCounts]:
+        return [LAYER]
 
-    def foresight(self) -> list[LayerForesight]:
-        return self.layers
+    def snapshot(self) -> list[LayerCounts]:
+        return [LAYER]
+
+    def total(self, layers) -> EngineStats:
+        assert layers == [LAYER]
+        return COUNTS
 
     def reset_stats(self) -> None:
         self.resets += 1
@@ -51,10 +64,12 @@ def make_class() -> type:
 
     class Worker:
         def __init__(self, engines=()):
-            self.to_load, self.calls = list(engines), []
+            self.to_load, self.calls, self.rank = list(engines), [], 1
             self.vllm_config = SimpleNamespace(
                 compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
                 scheduler_config=SimpleNamespace(max_num_batched_tokens=100),
+                model_config=SimpleNamespace(served_model_name=["served"]),
+                parallel_config=SimpleNamespace(data_parallel_index=2),
             )
 
         def load_model(self, *, load_dummy_weights=False):
@@ -157,19 +172,18 @@ def test_untouched_without_an_engine(was_loaded):
 
 
 def test_statistics_of_one_engine():
-    assert loaded(FakeEngine()).moe_offload_stats() == COUNTS.as_dict()
+    stats = loaded(FakeEngine()).moe_offload_stats()
+    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3", "coverage": 0.5}]
+    assert stats.pop("policies") == {"eviction": "lru"}
+    assert stats == COUNTS.as_dict()
 
 
 def test_statistics_add_up():
     stats = loaded(FakeEngine(), FakeEngine()).moe_offload_stats()
-    assert stats == {name: 2 * count for name, count in COUNTS.as_dict().items()}
-
-
-def test_statistics_tell_how_well_layers_were_foreseen():
-    engine = FakeEngine()
-    engine.layers = [LayerForesight("a", guessed=8, found=2, foreseeable=4, prefetched=5, hits=1)]
-    (layer,) = loaded(engine).moe_offload_stats()["foresight"]
-    assert (layer["layer"], layer["coverage"], layer["precision"]) == ("a", 0.5, 0.2)
+    assert [layer["layer"] for layer in stats["by_layer"]] == ["3", "draft.3"]
+    assert {name: stats[name] for name in COUNTS.as_dict()} == {
+        name: 2 * count for name, count in COUNTS.as_dict().items()
+    }
 
 
 def test_statistics_start_after_warm_up():
@@ -193,32 +207,121 @@ def test_warm_up_of_the_cpu_worker():
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Sets the time, and collects log lines."""
-    clock = SimpleNamespace(now=100.0, lines=[])
-    monkeypatch.setattr(worker.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(worker.logger, "info", lambda text, *args: clock.lines.append(text % args))
-    return clock
+def lines(monkeypatch):
+    """What is logged."""
+    lines = []
+    monkeypatch.setattr(worker.logger, "info", lambda text, *args: lines.append(text % args))
+    return lines
 
 
-def test_a_line_in_every_interval(clock):
-    made = loaded(FakeEngine(interval=60))
-    written = []
-    for clock.now in (100.0, 159.9, 160.0, 161.0, 219.9, 220.0):
-        assert made.execute_model(IDLE) is IDLE
-        written.append(len(clock.lines))
-    assert written == [0, 0, 1, 1, 1, 2]
-    assert clock.lines[0] == (
-        "moe-offload: 60.0% of 10 active experts were in slots, 4 moved (1.00 GiB, 1 through "
-        "staging), 5 of 8 slots in use"
-    )
+@pytest.fixture
+def pages(monkeypatch, tmp_path):
+    monkeypatch.setenv(page.FOLDER, str(tmp_path))
+    return page.read_pages
 
 
-def test_no_lines(clock):
-    made = loaded(FakeEngine(interval=0))
-    clock.now += 1e6
+def test_page_of_a_warm_worker(pages):
+    made = loaded(FakeEngine())
+    assert pages() == []
+    made.compile_or_warm_up_model()
+    (written,) = pages()
+    assert written.worker == page.Worker("served", engine=2, rank=1)
+    made.compile_or_warm_up_model()
+    assert len(pages()) == 1
+    made.shutdown()
+    assert pages() == []
+
+
+def test_line_at_the_end(lines):
+    made = loaded(FakeEngine())
+    made.compile_or_warm_up_model()
+    assert made.execute_model(IDLE) is IDLE
+    made.shutdown()
+    assert lines == [reporter.line(COUNTS)]
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(0, 1), (60, 0)])
+def test_no_line_at_the_end(lines, interval, steps):
+    made = loaded(FakeEngine(interval=interval))
+    made.compile_or_warm_up_model()
+    for _ in range(steps):
+        made.execute_model(scheduler_output=IDLE)
+    made.shutdown()
+    assert lines == []
+
+
+def test_sleeping_worker_is_not_read(monkeypatch):
+    engine = FakeEngine()
+    made = loaded(engine)
+    made.compile_or_warm_up_model()
     made.execute_model(scheduler_output=IDLE)
-    assert clock.lines == []
+    made.sleep(1)
+    monkeypatch.setattr(engine, "snapshot", lambda: pytest.fail("read while asleep"))
+    made.moe_offload_reporter.tick(0.0)
+    made.shutdown()
+
+
+class FakeRecording:
+    def __init__(self, worker, engine):
+        self.engine, self.calls = engine, worker.calls
+
+    def start(self):
+        self.calls.append("start recording")
+
+    def note(self, runner, scheduler_output, output):
+        self.calls.append(("note", runner, scheduler_output, output))
+
+    def settle(self):
+        self.calls.append("settle")
+
+    def close(self):
+        self.calls.append("close recording")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A worker with two engines whose options say that it records."""
+    monkeypatch.setattr(worker, "Recording", FakeRecording)
+    engines = [FakeEngine(), FakeEngine()]
+    for engine in engines:
+        engine.config.trace_path = "somewhere"
+    made = loaded(*engines)
+    made.model_runner = "runner"
+    return made
+
+
+def test_the_model_that_is_served_is_recorded(recorded):
+    assert recorded.moe_offload_recording.engine is recorded.moe_offload_engines[0]
+
+
+def test_recording_begins_after_warm_up(recorded):
+    recorded.compile_or_warm_up_model()
+    assert recorded.calls == ["compile_or_warm_up_model", "start recording"]
+
+
+def test_every_step_is_noted_after_it_ran(recorded):
+    assert recorded.execute_model(scheduler_output=IDLE) is IDLE
+    assert recorded.calls == ["execute_model", ("note", "runner", IDLE, IDLE)]
+
+
+def test_sleep_comes_after_the_ring_is_empty(recorded):
+    recorded.sleep(1)
+    assert recorded.calls == ["settle", ("sleep", 1)]
+
+
+def test_recording_ends_before_the_worker_does(recorded):
+    recorded.shutdown()
+    recorded.shutdown()
+    assert recorded.calls == ["close recording", "shutdown", "shutdown"]
+
+
+def test_no_recording_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(worker, "Recording", lambda *_: pytest.fail("recorded"))
+    made = loaded(FakeEngine())
+    made.execute_model(IDLE)
+    made.sleep(1)
+    made.compile_or_warm_up_model()
+    made.shutdown()
 
 
 def test_shutdown_closes_engines_once():

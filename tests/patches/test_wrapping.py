@@ -1,5 +1,6 @@
 import functools
 import inspect
+from types import ModuleType
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_static_method(owner):
     wrap(owner, "static", noted)
     assert owner.static(3) == owner().static(3) == ("noted", 6)
     assert isinstance(inspect.getattr_static(owner, "static"), staticmethod)
+
+
+def test_function_of_a_module():
+    module = ModuleType("somewhere")
+    module.double = lambda x: 2 * x
+    wrap(module, "double", noted)
+    assert module.double(3) == ("noted", 6)
+    with pytest.raises(PatchError, match="somewhere has no half in this version"):
+        wrap(module, "half", noted)
 
 
 def test_class_method(owner):

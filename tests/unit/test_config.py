@@ -16,9 +16,15 @@ REMEDIES = {
     "prefetch_mb": "Give a number of MiB, 0 to only count",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds",
+    "trace_path": "Give a directory that vLLM may write to",
+    "trace_file_mb": "Give a positive number of MiB",
+    "trace_interval_s": "Give a number of seconds, 0.1 or more",
     "allow_dense": "Give true or false",
 }
-NUMERIC = ["gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s"]
+NUMERIC = [
+    "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", "trace_file_mb",
+    "trace_interval_s",
+]  # fmt: skip
 NO_NUMBERS = [
     math.nan, math.inf, -math.inf, "nan", "inf", "eight", "", "8 GiB", "1,5", [], [8], {}, True,
     1e300, 10**400, -1, -0.001, "-3",
@@ -60,6 +66,14 @@ def test_bad_size(name, value):
         ("cache_fraction", 1.001),
         ("cache_fraction", "auto"),
         ("stats_interval_s", "auto"),
+        ("trace_file_mb", 0),
+        ("trace_file_mb", "auto"),
+        ("trace_interval_s", 0),
+        ("trace_interval_s", 0.09),
+        ("trace_path", ""),
+        ("trace_path", "  "),
+        ("trace_path", 3),
+        ("trace_path", True),
     ],
 )
 def test_out_of_range(name, value):
@@ -83,6 +97,27 @@ def test_out_of_range(name, value):
 )
 def test_good_value(name, value, expected):
     assert getattr(MoeOffloadConfig.parse({name: value}), name) == expected
+
+
+def test_path_means_the_same_in_every_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for path, expected in {
+        "traces": str(tmp_path / "traces"),
+        "/a/../b/": "/b",
+        "~/traces": "/home/somebody/traces",
+    }.items():
+        config = MoeOffloadConfig.parse({"trace_path": path})
+        assert config.trace_path == expected
+        assert MoeOffloadConfig.parse(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("options", [{"trace_file_mb": 8}, {"trace_interval_s": 5}])
+def test_trace_options_without_a_path(options):
+    ((name, value),) = options.items()
+    message = str(refusal(options))
+    assert f"{name} = {float(value)}: nothing is recorded without trace_path" in message
+    assert MoeOffloadConfig.parse({**options, "trace_path": "/t"}).trace_path == "/t"
 
 
 @pytest.mark.parametrize("value", ["perhaps", 2, None, []], ids=repr)
@@ -138,6 +173,7 @@ def test_fraction_beside_automatic_size():
         ("staging", "staging_mb"),
         ("layer", "layers"),
         ("stats_interval", "stats_interval_s"),
+        ("tracepath", "trace_path"),
         ("dense", "allow_dense"),
     ],
 )
@@ -174,6 +210,7 @@ def test_frozen():
             "staging_mb": st.floats(1e-6, 100_000_000) | st.just("auto"),
             "layers": st.sampled_from(["all", "3", "0-4,9"]),
             "stats_interval_s": st.floats(0, 1e6),
+            "trace_path": st.sampled_from(["/somewhere", "here"]),
             "allow_dense": st.booleans(),
         },
     )

@@ -59,6 +59,16 @@ def test_every_row_of_a_view_is_contiguous():
     assert all(view[1].is_contiguous() for view in layout.views(rows).values())
 
 
+def test_rows_apart():
+    layout = ExpertLayout.pack([("w", (3, 5), torch.bfloat16), ("scale", (2,), torch.float32)])
+    buffer = torch.arange(5 * 4096 * 3, dtype=torch.int32).view(torch.uint8)[4096:]
+    apart = buffer.as_strided((4, 4096), (3 * 4096, 1), buffer.storage_offset() + 4096)
+    close = apart.contiguous()
+    for name, view in layout.views(apart).items():
+        assert torch.equal(view.view(torch.uint8), layout.views(close)[name].view(torch.uint8))
+        assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
 def test_known_offsets():
     layout = ExpertLayout.pack(
         [("w13", (64, 32), torch.bfloat16), ("b", (3,), torch.float32), ("w2", (1,), torch.int8)]
@@ -73,9 +83,10 @@ def test_known_offsets():
     [
         torch.zeros(2, 4096, dtype=torch.int8),
         torch.zeros(2, 8192, dtype=torch.uint8),
-        torch.zeros(2, 8192, dtype=torch.uint8)[:, :4096],
+        torch.zeros(4096, 2, dtype=torch.uint8).T,
+        torch.zeros(2, 4097, dtype=torch.uint8)[:, :4096],
     ],
-    ids=["dtype", "width", "stride"],
+    ids=["dtype", "width", "bytes apart", "rows askew"],
 )
 def test_rows_of_another_kind(rows):
     layout = ExpertLayout.pack([("w", (8,), torch.float32)])

@@ -10,6 +10,9 @@ OPTIONS = {
     "prefetch_mb": "auto",
     "layers": "all",
     "stats_interval_s": 60.0,
+    "trace_path": None,
+    "trace_file_mb": 64.0,
+    "trace_interval_s": 60.0,
     "allow_dense": False,
 }
 

@@ -57,6 +57,11 @@ def test_typed():
     assert SETUPTOOLS["package-data"]["vllm_moe_offload"] == ["py.typed"]
 
 
+def test_data_files_exist():
+    for name, patterns in SETUPTOOLS["package-data"].items():
+        assert all(any(packages()[name].glob(pattern)) for pattern in patterns)
+
+
 def test_entry_points_exist():
     groups = PROJECT["project"]["entry-points"]
     assert groups["vllm.general_plugins"].keys() == {"moe-offload"}

@@ -67,6 +67,24 @@ def test_rate_of_pcie(capsys, moe, arguments, rate):
     assert plan_json(capsys, moe, *arguments)["bounds"]["pcie_bytes_per_s"] == rate
 
 
+def test_rate_that_the_doctor_measured(capsys, moe, tmp_path):
+    file = tmp_path / "doctor.json"
+    gpus = [{"copy_to_gpu_bytes_per_s": rate} for rate in (2.6e10, 2.4e10)]
+    file.write_text(json.dumps({"gpus": gpus}))
+    assert plan_json(capsys, moe, "--doctor", file)["bounds"]["pcie_bytes_per_s"] == 2.4e10
+
+
+@pytest.mark.parametrize("text", ['{"gpus": []}', "[]", "{}", "no JSON", None])
+def test_no_rate_from_the_doctor(capsys, moe, tmp_path, text):
+    file = tmp_path / "doctor.json"
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["plan", str(moe), "--doctor", str(file)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert str(file) in output.err
+
+
 def test_default_length_is_what_the_model_allows(capsys, moe):
     assert plan_json(capsys, moe)["max_model_len"] == 4096
 
@@ -148,6 +166,7 @@ def test_error_has_its_remedy(capsys, tmp_path):
         ("--max-model-len", "1.5"),
         ("--dtype", "int3"),
         ("--pcie", "gen5", "--pcie-gb-s", "50"),
+        ("--doctor", "file", "--pcie", "gen5"),
     ],
 )
 def test_bad_arguments(capsys, moe, arguments):

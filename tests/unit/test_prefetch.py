@@ -14,7 +14,7 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.operations import TORCH, operations_for
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.prefetch import MAX_TOKENS
 from vllm_moe_offload.prefetch_control import OFF
 
@@ -57,7 +57,8 @@ def make(specs=None, rows=None, say=None, **options) -> OffloadEngine:
 
 
 def spec_of(number: int, experts: int = EXPERTS, top_k: int | None = TOP_K) -> LayerSpec:
-    return LayerSpec(f"layer {number}", experts, ROW, Activation("silu"), top_k=top_k)
+    routing = None if top_k is None else Routing(experts, top_k, tuple(range(experts)))
+    return LayerSpec(f"layer {number}", experts, ROW, Activation("silu"), routing=routing)
 
 
 def inputs(tokens: int, seed: int):
@@ -126,7 +127,7 @@ def test_the_same_bits(predictor, slots, rows, steps, seed):
     assert stats.bytes_moved == moved * ROW.row_bytes
     assert stats.prefetch_hits <= stats.prefetched
     assert stats.resident <= slots * LAYERS
-    if rows == 0 or slots in (0, EXPERTS):
+    if rows == 0 or slots == 0:
         assert stats.prefetched == 0
 
 
@@ -154,16 +155,14 @@ def test_what_can_be_foreseen_is_fetched_before_it_is_asked_for():
         step(without, certain(1, number))
     found, plain = with_prefetch.stats(), without.stats()
     # Nobody foresees the first layer.
-    first = with_prefetch.residency(0).counts()["loads"]
+    first, *layers = with_prefetch.layer_counts()
+    first = first.loads
     assert found.misses - first < 0.4 * (plain.misses - first)
     assert found.prefetch_hits > 0.95 * found.prefetched
     assert found.bytes_moved <= 1.05 * plain.bytes_moved
-    layers = with_prefetch.foresight()
-    assert [layer.layer for layer in layers] == ["layer 1", "layer 2", "layer 3"]
     for layer in layers:
         assert layer.coverage > 0.8
         assert layer.foreseeable == 100 * TOP_K
-        assert layer.as_dict()["coverage"] == layer.coverage
 
 
 def test_a_gate_that_is_right_covers_everything():
@@ -175,7 +174,7 @@ def test_a_gate_that_is_right_covers_everything():
             ids_TK = router(x_TH).topk(TOP_K).indices
             engine.run(layer, x_TH, weight_TK, ids_TK)
         engine.step_ended(0)
-    for layer in engine.foresight():
+    for layer in engine.layer_counts()[1:]:
         # Two tokens may want the same expert, so as many guesses as this layer reads miss some.
         assert layer.coverage > 0.8
     assert engine.stats().prefetched == 0

@@ -51,6 +51,15 @@ def test_json(capsys, files):
         assert row["gap_captured"] == bounds.get(row["policy"], row["gap_captured"])
 
 
+def test_directory(capsys, files, tmp_path):
+    other = random_trace(2, tokens=9)
+    Trace(other.expert_ids, other.sequence_starts, 8, "other", "s").save(tmp_path / "z.npz")
+    rows = rows_of(capsys, str(tmp_path), "--cache", "0.5", "--policy", "lru")
+    assert [row["trace"] for row in rows] == [str(tmp_path), f"{tmp_path} (1)"]
+    sizes = [load(file).expert_ids.size for file in files]
+    assert [row["accesses"] for row in rows] == [sum(sizes), other.expert_ids.size]
+
+
 def test_defaults(capsys, files):
     rows = rows_of(capsys, files[0])
     assert {row["cache"] for row in rows} == {0.125, 0.25, 0.5, 0.75}

@@ -13,7 +13,7 @@ from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.offloaded_layer import LayerSpec
+from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.sweep import Sweep, Wave, plan_waves
 
 HIDDEN, INTERMEDIATE = 16, 8
@@ -84,7 +84,9 @@ def build(share: float, monkeypatch) -> OffloadEngine:
     options = {"cache_fraction": share, "staging_mb": 4 * layout.row_bytes / 2**20}
     engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device("cpu"))
     for number, experts in enumerate(EXPERTS):
-        engine.add_layer(LayerSpec(str(number), experts, layout, Activation("silu"), top_k=3))
+        routing = Routing(experts, 3, tuple(range(experts)))
+        spec = LayerSpec(str(number), experts, layout, Activation("silu"), routing=routing)
+        engine.add_layer(spec)
     engine.plan()
     generator = torch.Generator().manual_seed(0)
     for segment in engine.pool.segments:

@@ -5,7 +5,7 @@ import pytest
 from traces import random_trace, trace_of
 
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.trace import Trace, load
+from vllm_moe_offload.trace import Trace, join, load, load_all
 
 FIELDS = ("expert_ids", "sequence_starts", "num_experts", "model", "source", "is_decode")
 
@@ -155,3 +155,41 @@ def test_damaged_bytes_are_reported_or_harmless(tmp_path, seed):
     except OffloadError:
         return
     assert trace.expert_ids.max() < trace.num_experts
+
+
+def test_all_of_a_directory(tmp_path):
+    for number, name in enumerate(("b", "a", "c")):
+        random_trace(number, tokens=10 + number).save(tmp_path / f"{name}.npz")
+    other = random_trace(3, tokens=5)
+    Trace(other.expert_ids, other.sequence_starts, 8, "other", "s").save(tmp_path / "d.npz")
+    (tmp_path / "stage0.warm-start").write_bytes(b"no trace")
+    joined, apart = load_all(tmp_path)
+    parts = [load(tmp_path / f"{name}.npz") for name in "abc"]
+    assert np.array_equal(joined.expert_ids, np.concatenate([part.expert_ids for part in parts]))
+    lengths = np.concatenate([np.diff(part.sequence_starts) for part in parts])
+    assert np.array_equal(np.diff(joined.sequence_starts), lengths)
+    assert (joined.model, apart.model, apart.num_tokens) == ("test", "other", 5)
+
+
+def test_one_file_of_a_directory(tmp_path):
+    random_trace(0).save(tmp_path / "a.npz")
+    (trace,) = load_all(tmp_path / "a.npz")
+    assert trace.num_tokens == 40
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_joined_decode_steps(known):
+    first = random_trace(0, tokens=4)
+    decode = np.array([True, False, False, True])
+    first = Trace(first.expert_ids, first.sequence_starts, 8, "m", "s", decode)
+    second = Trace(first.expert_ids, first.sequence_starts, 8, "m", "s", decode if known else None)
+    joined = join([first, second])
+    expected = [*decode, *decode] if known else None
+    assert (joined.is_decode is None) if expected is None else (
+        joined.is_decode.tolist() == expected
+    )  # fmt: skip
+
+
+def test_directory_without_traces(tmp_path):
+    with pytest.raises(OffloadError, match=r"there is no \.npz file in it"):
+        load_all(tmp_path)

@@ -52,6 +52,20 @@ def test_show(capsys, tmp_path):
         assert part in text
 
 
+def test_show_directory(capsys, tmp_path):
+    for number in range(2):
+        random_trace(number, tokens=30).save(tmp_path / f"{number}.npz")
+    other = random_trace(2, tokens=7)
+    Trace(other.expert_ids, other.sequence_starts, 8, "other", "s").save(tmp_path / "2.npz")
+    assert cli.main(["trace", "show", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.count(str(tmp_path)) == 2
+    assert "tokens     60," in text
+    assert "tokens     7," in text
+    assert cli.main(["trace", "show", str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 2
+    assert "holds 2 recordings. Give one file" in capsys.readouterr().err
+
+
 def test_show_empty(capsys, tmp_path):
     path = tmp_path / "a.npz"
     trace_of(np.zeros((0, 2, 1)), 4, []).save(path)

@@ -20,7 +20,7 @@ def without(path):
     with engine(path, "qwen3_moe", **offloaded(cache_fraction=SHARE)) as llm:
         found = generate(llm, PROMPTS, STEPS)
         (stats,) = llm.collective_rpc("moe_offload_stats")
-    assert "foresight" not in stats
+    assert all(layer["coverage"] is None for layer in stats["by_layer"])
     return found
 
 
@@ -33,9 +33,9 @@ def test_same_results_and_coverage_by_layer(path, without, predictor):
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         for offload in worker.moe_offload_engines:
             offload.check_integrity()
-    layers = stats["foresight"]
-    assert len(layers) == stats["layers"] - 1
-    for layer in layers:
+    first, *others = stats["by_layer"]
+    assert first["coverage"] is None
+    for layer in others:
         if predictor == "eam":
             continue  # No window of tokens is complete yet.
         assert layer["guessed"] > 0
@@ -51,8 +51,8 @@ def test_gate_foresees_more_than_chance(path):
         generate(llm, PROMPTS[:1], 40, logprobs=None)
         (stats,) = llm.collective_rpc("moe_offload_stats")
     assert stats["prefetched"] == 0
-    guessed = sum(layer["found"] for layer in stats["foresight"])
-    asked = sum(layer["foreseeable"] for layer in stats["foresight"])
+    guessed = sum(layer["found"] for layer in stats["by_layer"])
+    asked = sum(layer["foreseeable"] for layer in stats["by_layer"])
     # Four guesses among sixteen find a quarter by chance.
     assert guessed / asked > 0.3
 
@@ -64,4 +64,4 @@ def test_routers_are_found(checkpoint, family):
         found = tokens(generate(llm, PROMPTS, 4, logprobs=None))
         (stats,) = llm.collective_rpc("moe_offload_stats")
     assert len(found) == len(PROMPTS)
-    assert all(layer["guessed"] > 0 for layer in stats["foresight"])
+    assert all(layer["guessed"] > 0 for layer in stats["by_layer"][1:])

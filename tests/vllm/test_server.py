@@ -2,32 +2,38 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import httpx
 import pytest
 from cpu_settings import env
+from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_moe_offload import cli
 from vllm_moe_offload.demo.server import free_port
+from vllm_moe_offload.metrics.families import PREFIX
 
 REQUESTS = 32
 MAX_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
-    path, port = checkpoint("olmoe"), free_port()
-    log = tmp_path_factory.mktemp("serve") / "log"
+@contextmanager
+def serve(path, log, *options):
+    """A server of its own; its URL."""
+    port = free_port()
     # The plugin's option comes before the model here; the demo has it after.
     command = [str(Path(sys.executable).parent / "vllm"), "serve", "--plugin", "moe-offload",
                str(path), "--moe-offload-cache-fraction", "0.25", "--dtype", "float32",
                "--enforce-eager", "--max-model-len", "256", "--port", str(port),
-               "--kv-cache-memory-bytes", str(64 << 20)]  # fmt: skip
+               "--kv-cache-memory-bytes", str(64 << 20), *options]  # fmt: skip
     variables = env("olmoe") | {"VLLM_SERVER_DEV_MODE": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -41,7 +47,16 @@ def server(checkpoint, tmp_path_factory):
         assert process.wait(60) == 0, log.read_text()[-4000:]
     finally:
         process.kill()
-    assert "MoE layers of 8 experts" in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with serve(checkpoint("olmoe"), log, "--moe-offload-stats-interval-s", "2") as url:
+        yield url
+    text = log.read_text()
+    assert "MoE layers of 8 experts" in text
+    assert "active experts were in slots" in text
 
 
 def wait_for_health(url, process, log):
@@ -107,8 +122,99 @@ def test_chat(server):
     assert answer.json()["choices"][0]["message"]["content"]
 
 
-def test_statistics_of_the_running_server(server):
-    answer = httpx.post(f"{server}/collective_rpc", json={"method": "moe_offload_stats"})
+def statistics(url):
+    """What the one worker counts, exactly."""
+    answer = httpx.post(f"{url}/collective_rpc", json={"method": "moe_offload_stats"})
     assert answer.status_code == 200, answer.text
-    text = answer.text
-    assert "hits" in text
+    (stats,) = answer.json()["results"]
+    return stats
+
+
+def metrics(url):
+    """The plugin's samples by name without the prefix, layer and cause."""
+    answer = httpx.get(f"{url}/metrics")
+    assert answer.status_code == 200, answer.text
+    found = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name.startswith(PREFIX):
+                labels = sample.labels
+                key = (sample.name.removeprefix(PREFIX), labels.get("layer"), labels.get("cause"))
+                assert key not in found, "one worker has every sample once"
+                found[key] = sample.value
+    return found
+
+
+def settled_metrics(url):
+    """The samples once they have caught up with a server that has nothing to do."""
+    active = statistics(url)["active"]
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = metrics(url)
+        if total(found, "hits_total") + total(found, "misses_total") == active:
+            return found
+        time.sleep(0.1)
+    return pytest.fail(f"/metrics shows {found}, but {active} experts were active")
+
+
+def total(found, name, cause=None):
+    return sum(value for key, value in found.items() if (key[0], key[2]) == (name, cause))
+
+
+def assert_equal(found, stats):
+    """Assert that ``/metrics`` says layer for layer what the worker says."""
+    for layer in stats["by_layer"]:
+        number = layer["layer"]
+        misses = layer["loads"] + layer["streams"]
+        assert found["hits_total", number, None] == layer["hits"]
+        assert found["misses_total", number, None] == misses
+        assert found["resident_experts", number, None] == layer["resident"]
+        assert found["slots", number, None] == layer["slots"] == 2
+        assert found["experts", number, None] == 8
+        moved = sum(found["bytes_total", number, cause] for cause in ("demand", "wave"))
+        assert moved == (misses + layer["surplus"]) * layer["row_bytes"]
+    assert total(found, "bytes_total", "demand") == stats["demand_bytes"]
+    assert total(found, "bytes_total", "wave") == stats["wave_bytes"]
+    assert found["policy_info", None, None] == 1
+
+
+def test_metrics_of_the_running_server(server):
+    complete(server, 1)
+    before = settled_metrics(server)
+    stats = statistics(server)
+    assert len(stats["by_layer"]) == stats["layers"] == 4
+    assert_equal(before, stats)
+    complete(server, 2)
+    after = settled_metrics(server)
+    assert_equal(after, statistics(server))
+    for (name, layer, _), value in before.items():
+        if name == "misses_total":
+            assert after[name, layer, None] > value, f"layer {layer} has not moved on"
+
+
+def test_dashboard_finds_its_metrics(server):
+    dashboard = (files("vllm_moe_offload.metrics") / "grafana.json").read_text()
+    asked = set(re.findall(r"(?:vllm:|vllm_moe_offload_)\w+", dashboard))
+    types = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{server}/metrics").text, re.MULTILINE))
+    assert len(asked) > 10
+    assert asked <= types
+
+
+def test_watch(server, capsys):
+    complete(server, 3)
+    settled_metrics(server)
+    assert cli.main(["watch", server, "--once", "--interval-s", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    stats = statistics(server)
+    assert f"{stats['hits'] / stats['active']:.0%} since the start" in shown
+    assert [f"layer {n} " in shown for n in range(5)] == [True] * 4 + [False]
+
+
+def test_metrics_of_every_api_server(checkpoint, tmp_path):
+    with serve(checkpoint("olmoe"), tmp_path / "log", "--api-server-count", "2") as url:
+        for number in range(4):
+            complete(url, number)
+        found = settled_metrics(url)
+        assert found["hits_total", "0", None] > 0
+        # Every connection may reach another server.
+        assert [metrics(url) for _ in range(10)] == [found] * 10

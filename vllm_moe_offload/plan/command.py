@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     rate.add_argument(
         "--pcie-gb-s", type=_positive, help="measured rate to the GPU in 10^9 bytes a second"
     )
+    rate.add_argument(
+        "--doctor", metavar="FILE", help="take the rate from what doctor --json has printed"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,10 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         model = describe(read_checkpoint(arguments.model))
+        request = _request(arguments, model)
     except (OffloadError, OSError) as error:
         Console(stderr=True, highlight=False).print(Text(str(error), style="red"), soft_wrap=True)
         return 2
-    plan = make_plan(model, _request(arguments, model))
+    plan = make_plan(model, request)
     changes = smallest_changes(plan)
     if arguments.json:
         print(json.dumps(as_dict(plan, changes), indent=2), file=sys.stdout)
@@ -92,7 +97,7 @@ def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
     from vllm_moe_offload.config import GIB
     from vllm_moe_offload.plan.planner import Request
 
-    rate = arguments.pcie_gb_s or PCIE_GB_PER_S[arguments.pcie]
+    given = arguments.pcie_gb_s or PCIE_GB_PER_S[arguments.pcie]
     longest = min(DEFAULT_LENGTH, model.max_positions or DEFAULT_LENGTH)
     return Request(
         model=arguments.model,
@@ -101,8 +106,24 @@ def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
         max_model_len=arguments.max_model_len or longest,
         concurrency=arguments.concurrency,
         dtype=arguments.dtype,
-        pcie_bytes_per_s=rate * 1e9,
+        pcie_bytes_per_s=_measured(arguments.doctor) if arguments.doctor else given * 1e9,
     )
+
+
+def _measured(file: str) -> float:
+    """Rate of a copy to the slowest GPU that the doctor has measured, in bytes a second."""
+    from vllm_moe_offload.errors import OffloadError
+
+    try:
+        gpus = json.loads(Path(file).read_text())["gpus"]
+        return float(min(gpu["copy_to_gpu_bytes_per_s"] for gpu in gpus))
+    except (ValueError, TypeError, KeyError) as error:
+        raise OffloadError(
+            "--doctor",
+            file,
+            "it holds no measured rate",
+            "Write it on a machine with a GPU: vllm-moe-offload doctor --json > FILE",
+        ) from error
 
 
 def _positive(text: str) -> float:

@@ -33,7 +33,8 @@ class Collection:
         self.size = 0
         # The matrices are the last axis, so that one expert's counts in all of them are a row.
         self._counts_LEN = np.zeros((num_layers, num_experts, capacity), dtype=np.float32)
-        self._norm_LN = np.zeros((num_layers, capacity), dtype=np.float32)
+        # In double precision, as equal similarities are to be equal: the first matrix wins then.
+        self._norm_LN = np.zeros((num_layers, capacity))
         self._layers = np.arange(num_layers)
 
     def matrix(self, index: int) -> Floats:
@@ -67,7 +68,7 @@ class Collection:
         assert self.size, "nothing to compare with"
         found_TLKN = self._counts_LEN[self._layers[:, None], ids_TLK, : self.size]
         product_TLN = found_TLKN.sum(2).cumsum(1)
-        norm_LN = np.maximum(self._norm_LN[:, : self.size], np.float32(1e-9))
+        norm_LN = np.maximum(self._norm_LN[:, : self.size], 1e-9)
         best: Ints = (product_TLN / norm_LN).argmax(-1)
         return best
 

@@ -28,7 +28,9 @@ def add_simulate_parser(subparsers: Any) -> None:
         description=f"{summary} Each layer has floor(CACHE x experts) slots, empty at the start. "
         "Several traces of one model: a predictor learns the others before it is tested on one.",
     )
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="a .npz file")
+    parser.add_argument(
+        "traces", nargs="+", type=Path, metavar="TRACE", help="a .npz file, or a directory of them"
+    )
     parser.add_argument(
         "--cache", default=_CACHES, help=f"shares of the experts with a slot; default {_CACHES}"
     )
@@ -65,7 +67,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     """Answer on the standard output; returns the exit status."""
     # Late, so that other subcommands do not wait for numpy.
     from vllm_moe_offload.simulate.report import Question, answer, check
-    from vllm_moe_offload.trace import load
+    from vllm_moe_offload.trace import load_all
 
     try:
         question = Question(
@@ -76,7 +78,11 @@ def run_simulate(args: argparse.Namespace) -> int:
             batch=args.batch,
             expert_mb=args.expert_mb,
         )
-        traces = {str(path): load(path) for path in args.traces}
+        traces = {
+            f"{path} ({number})" if number else str(path): trace
+            for path in args.traces
+            for number, trace in enumerate(load_all(path))
+        }
         check(question, traces)
     except OffloadError as error:
         print(error, file=sys.stderr)

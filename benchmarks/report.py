@@ -1,0 +1,112 @@
+"""Results as tables, for the terminal and for ``README.md``: no figure is typed by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from requirements import size_of
+
+OUTCOME = {True: "pass", False: "**FAIL**", None: "not measured"}
+
+Cells = list[list[str]]
+
+
+def target_table(verdicts: Sequence[dict[str, Any]]) -> Cells:
+    """The table of targets, its head first."""
+    head = ["case", "target", "measured", "result"]
+    return [head] + [
+        [
+            verdict["case"],
+            verdict["target"],
+            _worst(verdict["values"]) if len(verdict["values"]) > 8 else _values(verdict["values"]),
+            OUTCOME[verdict["passed"]],
+        ]
+        for verdict in verdicts
+    ]
+
+
+def _values(values: dict[str, float | None]) -> str:
+    return ", ".join(f"{name}: {_value(value)}" for name, value in values.items())
+
+
+def _value(value: float | str | None) -> str:
+    return "?" if value is None else value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _worst(values: dict[str, float | None]) -> str:
+    """The span of many values, of which larger is better."""
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known:
+        return ""
+    low, high = min(known, key=lambda n: known[n]), max(known, key=lambda n: known[n])
+    return f"{known[low]:.2f} times ({low}) to {known[high]:.2f} times ({high})"
+
+
+def row_table(rows: Sequence[dict[str, Any]]) -> Cells:
+    """All rows with their bounds, the head first."""
+    head = ["configuration", "case", "ms", "t_res ms", "cpu-offload ms", "GB moved", "GB/s",
+            "hits", "t / t_res", "of sum", "of max"]  # fmt: skip
+    return [head] + [_cells(row) for row in rows if row.get("case") not in (None, "start")]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    moved = row.get("bytes")
+    return [
+        row["configuration"],
+        f"{row['case']} {size_of(row)}{', confined' if row.get('confined') else ''}",
+        f"{row['seconds'] * 1e3:.3f}",
+        _milliseconds(row.get("resident_seconds")),
+        _milliseconds(row.get("cpu_offload_seconds")),
+        "" if moved is None else f"{moved / 1e9:.2f}",
+        "" if not moved else f"{moved / row['seconds'] / 1e9:.1f}",
+        f"{row['hit_ratio']:.3f}" if "hit_ratio" in row else "",
+        *(f"{row[n]:.3f}" if n in row else "" for n in ("to_resident", "of_sum_bound",
+                                                        "of_max_bound")),
+    ]  # fmt: skip
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def failures(processes: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for every process that failed."""
+    return [f"{p['configuration']}: {p['exit']}" for p in processes if p["exit"] != 0]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A result file as Markdown."""
+    machine = result["machine"]
+    lines = [
+        f"{machine['device']}, {machine['processor']}, torch {machine['torch']}, vLLM "
+        f"{machine['vllm']}, commit {result['commit']}. Pinned copies of 9 MiB: "
+        f"{max(result['copy_gb_s'], default=0):.1f} GB/s.",
+        "",
+        *(_markdown_table(target_table(result["targets"])) if result["targets"] else []),
+        "",
+        *_markdown_table(row_table(result["rows"])),
+    ]
+    if failed := failures(result["processes"]):
+        lines += ["", "Failed: " + "; ".join(failed)]
+    return "\n".join(lines)
+
+
+def _markdown_table(cells: Cells) -> list[str]:
+    head, *body = cells
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=160)
+    for cells in (row_table(result["rows"]), target_table(result["targets"])):
+        if len(cells) == 1:
+            continue
+        table = Table(*cells[0])
+        for row in cells[1:]:
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(table)
+    for line in failures(result["processes"]):
+        console.print("failed:", line)

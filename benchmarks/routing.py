@@ -1,0 +1,115 @@
+"""Which experts the benchmarks' tokens are routed to, instead of a router without weights.
+
+vLLM asks a registered strategy in every MoE layer. What a strategy decides, it decides on the
+device, so that a CUDA graph that was captured with one routing replays with others.
+
+Legend: T tokens, K choices a token, E experts, L MoE layers, N tokens of a trace.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STRATEGY = "benchmark"
+"""The name in ``VLLM_MOE_ROUTING_SIMULATION_STRATEGY``."""
+
+
+def register(strategy: Any) -> None:
+    """Make a strategy the one that every layer asks."""
+    from vllm.model_executor.layers.fused_moe.router import routing_simulator_router as simulator
+
+    # vLLM asks more of a strategy in each version; its base class has the answers.
+    kind = type(strategy)
+    strategy.__class__ = type(kind.__name__, (kind, simulator.RoutingStrategy), {})
+    simulator.RoutingSimulator.register_strategy(STRATEGY, strategy)
+
+
+class UniformOverSome:
+    """Uniform without replacement over the first experts, drawn anew in every step."""
+
+    def __init__(self) -> None:
+        self._limit: Tensor | None = None
+
+    def confine(self, limit: int | None) -> None:
+        """Route to the first ``limit`` experts only, None for all."""
+        assert self._limit is not None, "nothing has been routed yet"
+        self._limit.fill_(torch.iinfo(torch.int64).max if limit is None else limit)
+
+    def route_tokens(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        top_k: int,
+        indices_type: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights float32 and ids [T, K]."""
+        (tokens, experts), device = router_logits.shape, router_logits.device
+        if self._limit is None:
+            self._limit = _constant(torch.iinfo(torch.int64).max, device)
+        scores = torch.rand(tokens, experts, device=device)
+        excluded = torch.arange(experts, device=device) >= self._limit
+        ids_TK = scores.masked_fill(excluded, -1.0).topk(top_k, dim=-1).indices
+        return _equal_weights(ids_TK), ids_TK.to(indices_type or torch.int32)
+
+
+class TraceReplay:
+    """The ids of a trace, one token of it for every token that the model runs.
+
+    The position in the trace is a tensor on the device, advanced by the last layer of every
+    step, so that the replay of a graph goes on where the last one stopped.
+
+    Args:
+        ids_NLK: expert ids of the trace.
+    """
+
+    def __init__(self, ids_NLK: Tensor) -> None:
+        self._ids_LNK = ids_NLK.transpose(0, 1).contiguous()
+        self._position: Tensor | None = None
+        self._step_tokens = 0
+        self._layer = 0
+
+    def rewind(self) -> None:
+        """Let the next step begin with the first token of the trace."""
+        if self._position is not None:
+            self._position.zero_()
+
+    @property
+    def position(self) -> int:
+        """Tokens that were routed since the start; waits for the device."""
+        assert self._position is not None, "nothing has been routed yet"
+        return int(self._position)
+
+    def route_tokens(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        top_k: int,
+        indices_type: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights float32 and ids [T, K]."""
+        (layers, length, choices), device = self._ids_LNK.shape, router_logits.device
+        tokens = router_logits.shape[0]
+        assert top_k == choices, f"the trace has {choices} experts a token, the model {top_k}"
+        if self._position is None:
+            self._position = _constant(0, device)
+            with torch.inference_mode(False):
+                self._ids_LNK = self._ids_LNK.to(device, indices_type or torch.int32)
+        # Every step asks for all layers in order, also while a graph is captured.
+        place = (self._position + torch.arange(tokens, device=device)) % length
+        ids_TK = self._ids_LNK[self._layer].index_select(0, place)
+        self._layer += 1
+        if self._layer == layers:
+            self._layer = 0
+            self._position += tokens
+        return _equal_weights(ids_TK), ids_TK
+
+
+def _constant(value: int, device: torch.device) -> Tensor:
+    """A number on the device that may be changed in place inside and outside of inference."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device)
+
+
+def _equal_weights(ids_TK: Tensor) -> Tensor:
+    return torch.full(ids_TK.shape, 1 / ids_TK.shape[1], device=ids_TK.device)
