@@ -70,6 +70,8 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Start the statistics anew and begin to record once the worker has warmed up."""
     result = original(self, *args, **kwargs)
+    for engine in _engines(self):
+        engine.begin_learning()
     if recording := _recording(self):
         recording.start()
     engines = _engines(self)

@@ -298,6 +298,11 @@ class OffloadEngine:
         """What guesses the next layer's experts, if anything does."""
         return self._prefetch.predictor if self._prefetch else None
 
+    def begin_learning(self) -> None:
+        """Forget what predictors have learned from made-up steps."""
+        if self.predictor is not None:
+            self.predictor.forget()
+
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
         for layer in self._layers:

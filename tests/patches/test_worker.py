@@ -33,7 +33,7 @@ class FakeEngine:
         self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
         self.policies = {"eviction": "lru"}
-        self.resets = self.closed = 0
+        self.resets = self.closed = self.begun = 0
         self.steps = []
 
     def step_begins(self, num_tokens: int, scheduled: int) -> None:
@@ -51,6 +51,9 @@ class FakeEngine:
     def total(self, layers) -> EngineStats:
         assert layers == [LAYER]
         return COUNTS
+
+    def begin_learning(self) -> None:
+        self.begun += 1
 
     def reset_stats(self) -> None:
         self.resets += 1

@@ -200,6 +200,19 @@ def test_what_was_learned_is_kept(name):
 
 
 @pytest.mark.parametrize("name", ["markov", "eam"])
+def test_what_was_learned_can_be_forgotten(name):
+    trace = random_trace(2, tokens=3 * WINDOW)
+    predictor, fresh = make(name, trace), make(name, trace)
+    learn(predictor, trace)
+    predictor.forget()
+    assert not any(array.any() for array in predictor.to_arrays().values())
+    learn(predictor, trace)
+    learn(fresh, trace)
+    for key, array in fresh.to_arrays().items():
+        assert np.array_equal(array, predictor.to_arrays()[key])
+
+
+@pytest.mark.parametrize("name", ["markov", "eam"])
 def test_damaged_or_foreign_arrays(name):
     trace = random_trace(2, tokens=2 * WINDOW)
     predictor = make(name, trace)

@@ -65,3 +65,47 @@ def test_routers_are_found(checkpoint, family):
         (stats,) = llm.collective_rpc("moe_offload_stats")
     assert len(found) == len(PROMPTS)
     assert all(layer["guessed"] > 0 for layer in stats["by_layer"][1:])
+
+
+def predictor_of(llm):
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    (offload,) = worker.moe_offload_engines
+    return offload.predictor
+
+
+def test_transitions_outlast_a_restart(path, without, tmp_path):
+    options = offloaded(
+        cache_fraction=SHARE, predictor="markov", prefetch_mb=EXPERT_MIB, trace_path=str(tmp_path)
+    )
+    with engine(path, "qwen3_moe", **options) as llm:
+        assert int(predictor_of(llm).tables.tokens) == 0, "warm-up teaches nothing"
+        generate(llm, PROMPTS, STEPS, logprobs=None)
+        learned = predictor_of(llm).to_arrays()
+        assert int(learned["tokens"][0]) > 0
+    with engine(path, "qwen3_moe", **options) as llm:
+        found = predictor_of(llm).to_arrays()
+        assert all((found[name] == learned[name]).all() for name in learned)
+        assert generate(llm, PROMPTS, STEPS) == without
+
+
+def test_a_damaged_predictor_is_reported_and_starts_empty(path, tmp_path, monkeypatch):
+    from vllm_moe_offload import npz
+    from vllm_moe_offload.patches import recording
+
+    said = []
+    monkeypatch.setattr(recording.logger, "warning", lambda text, *args: said.append(text % args))
+    options = offloaded(cache_fraction=SHARE, predictor="markov", trace_path=str(tmp_path))
+    with engine(path, "qwen3_moe", **options) as llm:
+        generate(llm, PROMPTS, STEPS, logprobs=None)
+    file = tmp_path / "stage0.warm-start"
+    arrays = npz.load(file, "", "")
+    arrays["predictor_markov/count_LEE"] = arrays["predictor_markov/count_LEE"][:, :3]
+    npz.save(file, arrays)
+    assert said == []
+    with engine(path, "qwen3_moe", **options) as llm:
+        assert not any(array.any() for array in predictor_of(llm).to_arrays().values())
+        generate(llm, PROMPTS[:1], 2, logprobs=None)
+    (line,) = said
+    assert "count_LEE" in line
+    assert "The predictor starts empty" in line
+    assert file.with_name(f"{file.name}.old").exists()

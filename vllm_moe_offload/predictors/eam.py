@@ -9,6 +9,7 @@ one replaces the most similar, and the device's copy follows.
 Legend: T tokens, L layers, M tokens, K choices a token, E experts, N matrices, R rows of a batch.
 """
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -47,6 +48,7 @@ class EamPredictor:
             product_MN=torch.zeros(max_tokens, CAPACITY, dtype=torch.int32, device=device),
         )
         self._collection = Collection(num_layers, num_experts)
+        self._lock = threading.Lock()
         # The first place takes inactive ids, the last one the number of tokens.
         self._counts_RLE = torch.zeros(
             (ROWS, num_layers, num_experts + 2), dtype=torch.int32, device=device
@@ -108,10 +110,19 @@ class EamPredictor:
         """Take in the matrix of a sequence [L, E]."""
         self._upload([self._add(counts_LE)])
 
+    def forget(self) -> None:
+        """Drop what is being counted, and the collection; see ``Predictor``."""
+        self.settle()
+        self._counts_RLE.zero_()
+        layers, experts, _ = self.tables.counts_LEN.shape
+        with self._lock:
+            self._collection = Collection(layers, experts)
+        self.tables.size.zero_()
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The collection."""
-        self.settle()
-        counts_NLE = [self._collection.matrix(n) for n in range(self._collection.size)]
+        with self._lock:
+            counts_NLE = [self._collection.matrix(n).copy() for n in range(self._collection.size)]
         layers, experts, _ = self.tables.counts_LEN.shape
         stacked = np.array(counts_NLE, dtype=np.int16).reshape(-1, layers, experts)
         return {"counts_NLE": stacked}
@@ -131,7 +142,8 @@ class EamPredictor:
         return [self._add(counts_LE) for counts_LE in counts_RLE[full, :, 1:-1]]
 
     def _add(self, counts_LE: NDArray[Any]) -> int:
-        return self._collection.add(counts_LE.astype(np.float32))
+        with self._lock:
+            return self._collection.add(counts_LE.astype(np.float32))
 
     def _upload(self, places: list[int]) -> None:
         for place in places:

@@ -44,6 +44,9 @@ class GatePredictor:
     def refresh(self) -> None:
         """Nothing is learned."""
 
+    def forget(self) -> None:
+        """Nothing is learned."""
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Nothing is kept."""
         return {}

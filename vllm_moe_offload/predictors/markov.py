@@ -92,6 +92,14 @@ class MarkovPredictor:
         choice_LE = tables.recent_LE >> (RECENT_BITS - RECENT_CHOICE_BITS)
         tables.bias_LE.copy_(tables.prior_LE + tables.of_recent[choice_LE.long()])
 
+    def forget(self) -> None:
+        """Begin with nothing counted, see ``Predictor``."""
+        tables = self.tables
+        for table in (tables.count_LEE, tables.use_LE, tables.recent_LE, tables.tokens):
+            table.zero_()
+        self._steps, self._next_refresh = 0, 1
+        self.make_evidence()
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """The counts; waits for the device."""
         names = ("count_LEE", "use_LE", "recent_LE", "tokens")

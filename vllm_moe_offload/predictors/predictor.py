@@ -46,8 +46,12 @@ class Predictor(Protocol):
         """Bring what was learned into the tables."""
         ...
 
+    def forget(self) -> None:
+        """Learn anew: what came so far were made-up steps."""
+        ...
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """What a warm start keeps; waits for the device."""
+        """What a warm start keeps; waits for the device. Another thread may ask."""
         ...
 
     def from_arrays(self, arrays: Arrays) -> None:
