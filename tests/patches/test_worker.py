@@ -193,7 +193,7 @@ def test_statistics_start_after_warm_up():
     engine = FakeEngine()
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
-    assert (made.calls, engine.resets) == (["compile_or_warm_up_model"], 1)
+    assert (made.calls, engine.resets, engine.begun) == (["compile_or_warm_up_model"], 1, 1)
 
 
 def test_warm_up_of_the_cpu_worker():
