@@ -8,7 +8,8 @@
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
 ``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit.
-``prediction``: policies and predictors on replayed routing, against stock vLLM. Every
+``prediction``: policies and predictors on replayed routing, against stock vLLM. ``quant``:
+quantised experts beside stock vLLM's backends; ``--only`` names its shapes. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
 share their processes. The file is written after each process; ``--only`` measures some of them
@@ -51,6 +52,8 @@ def main() -> int:
     if args.plot:
         print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
         return 0
+    if args.suite == ["quant"]:
+        return quantised(args)
     jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
@@ -63,6 +66,18 @@ def main() -> int:
         print(text.read_text() if done["exit"] == 0 else done["log"])
         return int(done["exit"] != 0)
     result = measure(args, [job for job in jobs if not args.only or job["name"] in args.only])
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
+def quantised(args: argparse.Namespace) -> int:
+    """Measure the suite of quantised experts, which has shapes and judges of its own."""
+    import quant
+    from machine import provenance
+
+    names = args.only or quant.real_shapes()
+    result = quant.measure(args.out, names, args.option, provenance(args.commit))
     report.show(result)
     failed = [v for v in result["targets"] if v["passed"] is False]
     return 1 if failed or report.failures(result["processes"]) else 0
@@ -82,7 +97,9 @@ def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=[*SUITES, *OF_TRACES], default=["engine"])
+    parser.add_argument(
+        "--suite", nargs="+", choices=[*SUITES, *OF_TRACES, "quant"], default=["engine"]
+    )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--commit", help="revision, where the tree has no repository")
@@ -108,6 +125,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
+    if "quant" in args.suite and args.suite != ["quant"]:
+        parser.error("the suite quant runs alone")
     needing = [suite for suite in args.suite if suite in OF_TRACES]
     if needing and not (args.trace or args.render or args.plot):
         parser.error(f"the suite {needing[0]} needs --trace")
@@ -180,7 +199,7 @@ def simulated_hits(path: Path, tokens: int) -> dict[float, int]:
         sequence_starts=np.minimum(whole.sequence_starts, min(tokens, whole.num_tokens)),
         is_decode=None,
     )
-    found = replay(beginning, "lru", TRACE_SHARES)
+    found = replay(beginning, "default", TRACE_SHARES)
     return {share: int(hits) for share, hits in zip(TRACE_SHARES, found.hits_C, strict=True)}
 
 

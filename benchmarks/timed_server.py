@@ -375,7 +375,7 @@ def time_replay(job: dict[str, Any], folder: Path, talk: Talk) -> None:
 
 
 def empty_slots(engine: Any) -> None:
-    """Make an engine forget who is resident and what it counted."""
+    """Make an engine forget who is resident, what it counted and what eviction has learned."""
     for layer in range(len(engine.specs)):
         residency = engine.residency(layer)
         fresh = type(residency.tables).empty(
@@ -384,6 +384,7 @@ def empty_slots(engine: Any) -> None:
         for name, tensor in vars(residency.tables).items():
             if hasattr(tensor, "copy_"):
                 tensor.copy_(getattr(fresh, name))
+    engine.forget_routing()
     engine.reset_stats()
 
 

@@ -54,7 +54,7 @@ def judge(active_E, ahead, slot_of_E, stamp_of_S, counters, E: tl.constexpr, E2:
 @triton.jit
 def fetch(
     demand_E, num_guesses, rows, ahead, slot_of_E, expert_of_S, stamp_of_S, clock, S,
-    load_expert, load_slot, num_loads, counters,
+    load_expert, load_slot, num_loads, counters, rank, rank_stride, rank_row,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr,
 ):  # fmt: skip
     """Mark the guess, and give slots to what is missing of it."""
@@ -80,18 +80,18 @@ def fetch(
         kept_S = tl.gather(guessed_E.to(tl.int32), tl.maximum(expert_S, 0), 0) > 0
         free_S = (stamp_S < now) & ~(kept_S & (expert_S >= 0)) & (slot < S)
         num_fetched = tl.minimum(num_fetched, tl.sum(free_S.to(tl.int32), 0))
-        victims = oldest_first(free_S, expert_S, stamp_S, E2, S2)
-        rank = tl.cumsum(wanted.to(tl.int32), 0) - 1
-        fetched = wanted & (rank < num_fetched)
-        victim = tl.gather(victims, tl.where(fetched, rank, 0), 0)
+        victims = oldest_first(free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2, S2)
+        place = tl.cumsum(wanted.to(tl.int32), 0) - 1
+        fetched = wanted & (place < num_fetched)
+        victim = tl.gather(victims, tl.where(fetched, place, 0), 0)
         evicted = tl.gather(expert_S, victim, 0)
         # An evicted expert had a slot and a fetched one had none, so these two never collide.
         tl.store(slot_of_E + evicted, tl.full([E2], -1, tl.int32), mask=fetched & (evicted >= 0))
         tl.store(slot_of_E + of_guess, victim, mask=fetched)
         tl.store(expert_of_S + victim, of_guess, mask=fetched)
         tl.store(stamp_of_S + victim, tl.zeros_like(victim).to(tl.int64) + now - 1, mask=fetched)
-        tl.store(load_expert + rank, of_guess, mask=fetched)
-        tl.store(load_slot + rank, victim, mask=fetched)
+        tl.store(load_expert + place, of_guess, mask=fetched)
+        tl.store(load_slot + place, victim, mask=fetched)
         add_counter(counters, PREFETCHED, num_fetched)
     marks = guessed.to(tl.int32) + 2 * fetched.to(tl.int32)
     tl.store(ahead + of_guess, marks.to(tl.int8), mask=guessed)
@@ -103,12 +103,15 @@ def look_ahead_kernel(
     ids, num_tokens, kept, rows_ptr, demand,
     own_ahead, own_slot_of_E, own_stamp_of_S, own_counters,
     ahead, slot_of_E, expert_of_S, stamp_of_S, clock, S,
-    load_expert, load_slot, num_loads, counters,
+    load_expert, load_slot, num_loads, counters, rank, rank_stride, rank_row,
     table_0, table_1, table_2, table_3,
     E: tl.constexpr, E2: tl.constexpr, K: tl.constexpr, S2: tl.constexpr, N: tl.constexpr,
     FIRST: tl.constexpr, KIND: tl.constexpr, FUSED: tl.constexpr, HAS_NEXT: tl.constexpr,
 ):  # fmt: skip
-    """See ``look_ahead_torch``; what follows ``own_counters`` belongs to the next layer."""
+    """See ``look_ahead_torch``; what follows ``own_counters`` belongs to the next layer.
+
+    ``rank``, its stride and row are None where LRU rules there.
+    """
     expert = tl.arange(0, E2)
     rows = tl.load(rows_ptr)
     if rows < 0:
@@ -140,5 +143,6 @@ def look_ahead_kernel(
             fetch(
                 demand_E, tl.sum(active_E.to(tl.int32), 0), rows,
                 ahead, slot_of_E, expert_of_S, stamp_of_S, clock, S,
-                load_expert, load_slot, num_loads, counters, E, E2, S2,
+                load_expert, load_slot, num_loads, counters, rank, rank_stride, rank_row,
+                E, E2, S2,
             )  # fmt: skip

@@ -76,9 +76,9 @@ def look_ahead_torch(
     layer reads are its guess. Those of the guess that have no slot and a demand of ``LEAST_DEMAND``
     get one, up to the number of rows; they take empty slots and those of residents that are not
     guessed, in the order in which resolve would, so none of more demand goes. Their slots are
-    stamped as if read in the layer's last step: the coming one evicts them after all others. The
-    loads are listed in the following layer's work list until its own resolve overwrites it, so
-    they must have been made by then.
+    stamped as if read in the layer's last step, so the coming one evicts none that it reads. The
+    loads are listed in the following layer's work list until its own resolve overwrites it: they
+    must have been made by then.
 
     Args:
         ids_TK: routed local expert ids of this layer; negative ones are inactive.
@@ -157,13 +157,15 @@ def look_ahead(
         if not is_fused:
             demand(ids_TK, source, layer, outlook.demand_E, outlook.rows)
     other = following or own
+    order = other.tables.order
     num_slots = other.tables.expert_of_S.numel()
     look_ahead_kernel[(1,)](
         ids_TK, tokens, outlook.ids_LTK[layer], outlook.rows, outlook.demand_E,
         own.ahead_E, own.tables.slot_of_E, own.tables.stamp_S, own.work.counters,
         other.ahead_E, other.tables.slot_of_E, other.tables.expert_of_S, other.tables.stamp_S,
         other.tables.clock, num_slots, other.work.load_expert_E, other.work.load_slot_E,
-        other.work.num_loads, other.work.counters, *tables,
+        other.work.num_loads, other.work.counters,
+        order and order.rank_RE, order and order.rank_RE.stride(0), order and order.row, *tables,
         K=top_k, S2=max(16, triton.next_power_of_2(num_slots)), FUSED=is_fused,
         HAS_NEXT=following is not None, num_warps=warps, **sizes,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Legend: T tokens, K choices a token, E local experts, S slots, R rows of one sta
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import torch
 import triton
@@ -58,28 +58,68 @@ class Counter(IntEnum):
     """Active experts of steps that had a prediction."""
 
 
+class Use(IntFlag):
+    """What resolve notes about an expert, see ``EvictionOrder``."""
+
+    ACTIVE = 1
+    """The step reads it."""
+    RESIDENT = 2
+    """It had a slot before the step."""
+
+
+@dataclass(frozen=True)
+class EvictionOrder:
+    """One layer's share of the tables of a policy other than LRU.
+
+    The resident of the lowest rank goes first: ``rank_RE`` (int32, from 0 up, no two of a row the
+    same) holds several orders, of which row ``row`` (int32, one element) counts. Resolve only
+    reads them. It writes ``use_E`` (int8, ``Use``) in steps that may evict. ``slot_of_E`` (int32)
+    is the layer's table of slots, kept with the policy so that it sees all layers at once;
+    ``num_slots`` (int32, one element) says how many of them are open.
+    """
+
+    rank_RE: Tensor
+    row: Tensor
+    use_E: Tensor
+    slot_of_E: Tensor
+    num_slots: Tensor
+
+
 @dataclass(frozen=True)
 class ResidencyTables:
     """Device tables of one layer's slots, updated in place by resolve.
 
     ``slot_of_E`` and ``expert_of_S`` (int32) are inverse to each other. ``stamp_S`` (int64)
     holds the clock value at which a slot was last read, ``clock`` (int64, one element) counts
-    the layer's steps; 64 bits outlast any server.
+    the layer's steps; 64 bits outlast any server. Without an ``order`` the least recently used
+    resident goes first.
     """
 
     slot_of_E: Tensor
     expert_of_S: Tensor
     stamp_S: Tensor
     clock: Tensor
+    order: EvictionOrder | None = None
 
     @classmethod
-    def empty(cls, num_experts: int, num_slots: int, device: torch.device) -> "ResidencyTables":
+    def empty(
+        cls,
+        num_experts: int,
+        num_slots: int,
+        device: torch.device,
+        order: EvictionOrder | None = None,
+    ) -> "ResidencyTables":
         """Tables of a layer in which no expert is resident."""
+        if order is None:
+            slot_of_E = torch.full((num_experts,), NOWHERE, dtype=torch.int32, device=device)
+        else:
+            slot_of_E = order.slot_of_E.fill_(NOWHERE)
         return cls(
-            slot_of_E=torch.full((num_experts,), NOWHERE, dtype=torch.int32, device=device),
+            slot_of_E=slot_of_E,
             expert_of_S=torch.full((num_slots,), NOWHERE, dtype=torch.int32, device=device),
             stamp_S=torch.full((num_slots,), NEVER, dtype=torch.int64, device=device),
             clock=torch.zeros(1, dtype=torch.int64, device=device),
+            order=order,
         )
 
 
@@ -152,12 +192,12 @@ def resolve_torch(
 ) -> None:
     """Find the active experts' slots, give the missing ones new slots, list what to move.
 
-    Least recently used replacement. A resident active expert is a hit and its slot is stamped
-    with the clock. Missing experts, in ascending order, take the slots that this step does not
-    read, oldest stamp first and the lower expert first among equals, so that who stays does not
-    depend on where it sits; empty slots are the oldest of all. Those left over are listed as
-    streams. With ``evict`` false only empty slots are given away, so that a sweep over many
-    tokens leaves the residents alone.
+    A resident active expert is a hit and its slot is stamped with the clock. Missing experts, in
+    ascending order, take the slots that this step does not read: empty ones first, then by the
+    policy's order if the tables have one, else the oldest stamp first and the lower expert first
+    among equals, so that who stays does not depend on where it sits. Those left over are listed
+    as streams. With ``evict`` false only empty slots are given away, so that a sweep over many
+    tokens leaves the residents alone, and the policy is told nothing.
 
     Args:
         ids_TK: routed local expert ids, any integer type; negative ids are inactive and cost
@@ -173,6 +213,9 @@ def resolve_torch(
     active_E[ids[ids >= 0].long()] = True
     hit_E = active_E & (tables.slot_of_E >= 0)
     tables.stamp_S[tables.slot_of_E[hit_E].long()] = tables.clock
+    if tables.order is not None and evict:
+        resident_E = tables.slot_of_E >= 0
+        tables.order.use_E.copy_(Use.ACTIVE * active_E + Use.RESIDENT * resident_E)
 
     missing = torch.nonzero(active_E & ~hit_E).flatten()
     slots = replaceable_slots(tables, evict=evict)
@@ -195,9 +238,15 @@ def resolve_torch(
 
 def replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
     """Slots that may be overwritten in this step, best victim first."""
+    is_empty = tables.expert_of_S == NOWHERE
+    if tables.order is None:
+        age = tables.stamp_S
+    else:
+        rank_E = tables.order.rank_RE[tables.order.row.long()].flatten()
+        age = torch.where(is_empty, NOWHERE, rank_E[tables.expert_of_S.clamp(min=0).long()])
     by_expert = torch.argsort(tables.expert_of_S, stable=True)
-    by_age = by_expert[torch.argsort(tables.stamp_S[by_expert], stable=True)]
-    free = tables.stamp_S < tables.clock if evict else tables.expert_of_S == NOWHERE
+    by_age = by_expert[torch.argsort(age[by_expert], stable=True)]
+    free = tables.stamp_S < tables.clock if evict else is_empty
     return by_age[free[by_age]]
 
 
@@ -234,6 +283,7 @@ def resolve(
     assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, at most {MAX_EXPERTS}"
     assert num_slots <= MAX_SLOTS, f"{num_slots} slots, at most {MAX_SLOTS}"
     fused = dispatch if num_pairs <= FUSED_PAIRS else None
+    order = tables.order if evict else None
     count_chunk = min(COUNT_CHUNK, max(128, triton.next_power_of_2(num_pairs)))
     rank_chunk = min(RANK_CHUNK, max(16, triton.next_power_of_2(num_pairs)))
     resolve_kernel[(1,)](
@@ -241,6 +291,8 @@ def resolve(
         tables.slot_of_E, tables.expert_of_S, tables.stamp_S, tables.clock, num_slots,
         work.load_expert_E, work.load_slot_E, work.num_loads,
         work.stream_expert_E, work.num_streams, work.counters,
+        order and order.rank_RE, order and order.rank_RE.stride(0), order and order.row,
+        order and order.use_E,
         fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
         log and log.chosen_TK.reshape(-1), log and log.log_TK, log.num_pairs if log else 0,
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),

@@ -85,7 +85,8 @@ def _create_model(
     engine.routers = find_routers(model, engine.specs)
     engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
-    for segment in engine.pool.segments:
-        fill.mark(segment.views())
+    if vllm_config.load_config.load_format != "dummy":  # it leaves integers as they are
+        for spec, segment in zip(engine.specs, engine.pool.segments, strict=True):
+            fill.mark(segment.filled_views(), spec.transposed)
     logger.info("%s", describe(engine))
     return model

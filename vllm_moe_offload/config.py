@@ -26,6 +26,7 @@ _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
     "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
     "predictor": "Give none, gate, markov or eam",
     "prefetch_mb": "Give a number of MiB, 0 to only count what a predictor finds, or auto",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
@@ -54,6 +55,11 @@ class MoeOffloadConfig(BaseModel):
         default="auto",
         description="GPU memory in MiB through which experts without a slot pass; auto sizes "
         "it by the model.",
+    )
+    policy: Literal["adaptive", "lru"] = Field(
+        default="adaptive",
+        description="Which experts leave their slots first: the least recently used (lru), or "
+        "what learns from every step and falls back to lru (adaptive).",
     )
     predictor: Literal["none", "gate", "markov", "eam"] = Field(
         default="none",

@@ -22,6 +22,7 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.memory import available_host_memory
@@ -108,6 +109,7 @@ class OffloadEngine:
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._eviction: AdaptiveEviction | None = None
         self._counters: Counters | None = None
         self._prefetch: Prefetch | None = None
         self._spans_layers = spans_layers
@@ -118,7 +120,7 @@ class OffloadEngine:
     @property
     def policies(self) -> dict[str, str]:
         """What decides which experts have a slot, by the name of the decision."""
-        return {"eviction": "lru", "predictor": self.config.predictor}
+        return {"eviction": self.config.policy, "predictor": self.config.predictor}
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -128,7 +130,8 @@ class OffloadEngine:
         """
         assert self.budget is None, "layers are added before the budget is planned"
         self.specs.append(spec)
-        return len(self.specs) - 1, self.pool.add(spec.name, spec.layout, spec.num_experts)
+        segment = self.pool.add(spec.name, spec.layout, spec.num_experts, spec.filled_as)
+        return len(self.specs) - 1, segment
 
     def plan(self) -> Budget:
         """Decide slots and staging, check that everything fits, allocate them.
@@ -156,6 +159,7 @@ class OffloadEngine:
             return
         if self.device.type == "cuda":
             self.pool.register()
+        self._eviction = self._make_eviction()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
         self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
@@ -176,13 +180,16 @@ class OffloadEngine:
             How many experts of all layers are in slots now.
         """
         filled = 0
-        for layer, score_E in zip(self._layers, score_LE, strict=True):
+        for number, (layer, score_E) in enumerate(zip(self._layers, score_LE, strict=True)):
             routing = layer.spec.routing
             assert routing is not None
             local_E = np.asarray(score_E)[list(routing.id_of_E)]
             hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
             experts = hottest[local_E[hottest] > 0].astype(np.int32)
-            layer.fill(torch.from_numpy(experts).to(self.device))
+            on_device = torch.from_numpy(experts).to(self.device)
+            layer.fill(on_device)
+            if self._eviction is not None:
+                self._eviction.note_fill(number, on_device)
             filled += experts.size
         return filled
 
@@ -218,9 +225,15 @@ class OffloadEngine:
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
         if prefetch is None or part.is_sweep(ids_TK.numel()):
-            return part.step(x_TH, weight_TK, ids_TK, chosen_TK)
-        y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK, partial(prefetch.look_ahead, layer))
-        prefetch.layer_ended()
+            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK)
+        else:
+            ahead = partial(prefetch.look_ahead, layer)
+            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK, ahead)
+            prefetch.layer_ended()
+        # A sweep reads nearly everything and evicts nobody: there is nothing to learn.
+        ends_step = part is self._layers[-1] and not part.is_sweep(ids_TK.numel())
+        if self._eviction is not None and ends_step:
+            self._eviction.learn()
         return y_TH
 
     def step_begins(self, num_tokens: int, scheduled: int = 0) -> None:
@@ -298,15 +311,17 @@ class OffloadEngine:
         """What guesses the next layer's experts, if anything does."""
         return self._prefetch.predictor if self._prefetch else None
 
-    def begin_learning(self) -> None:
-        """Forget what predictors have learned from made-up steps."""
-        if self.predictor is not None:
-            self.predictor.forget()
-
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
         for layer in self._layers:
             layer.residency.work.counters.zero_()
+
+    def forget_routing(self) -> None:
+        """Forget what was learned, as from made-up steps; residency and counts stay."""
+        if self._eviction is not None:
+            self._eviction.forget()
+        if self.predictor is not None:
+            self.predictor.forget()
 
     def residency(self, layer: int) -> Residency:
         """Return the tables of a layer."""
@@ -322,6 +337,8 @@ class OffloadEngine:
         self.arena.check_integrity()
         if self._prefetch is not None:
             self._prefetch.check_integrity()
+        if self._eviction is not None:
+            self._eviction.check_integrity()
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
@@ -371,16 +388,26 @@ class OffloadEngine:
             device_is_host=on_host,
         )
 
+    def _make_eviction(self) -> AdaptiveEviction | None:
+        assert self.budget is not None, "layers are made ready after the plan"
+        experts, slots = [spec.num_experts for spec in self.specs], self.budget.slots
+        # Where all experts have slots, or none has, nobody is ever evicted.
+        evicts = any(0 < s < e for e, s in zip(experts, slots, strict=True))
+        if self.config.policy != "adaptive" or not evicts:
+            return None
+        return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
+
     def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
+        order = self._eviction.order(number) if self._eviction is not None else None
         return OffloadedLayer(
             spec=spec,
             pool_rows_EB=segment.device_rows(self.device),
-            slots=Block.of(spec.layout, slots),
+            slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
-            residency=Residency(spec.num_experts, slots.shape[0], self.device),
+            residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
             log_TK=self.step_log.layer(number) if self.step_log else None,
@@ -389,7 +416,7 @@ class OffloadEngine:
     @staticmethod
     def _staged(spec: LayerSpec, blocks: Sequence[Tensor]) -> tuple[Block, ...]:
         layout, limit = spec.layout, spec.num_experts
-        return tuple(Block.of(layout, rows_of(block, layout, limit=limit)) for block in blocks)
+        return tuple(Block.of(spec, rows_of(block, layout, limit=limit)) for block in blocks)
 
 
 def describe(engine: OffloadEngine) -> str:

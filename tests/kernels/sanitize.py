@@ -19,15 +19,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from vllm_moe_offload import kernels
-from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, resolve
+from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, resolve
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
+from vllm_moe_offload.kernels.learn import AdaptiveTables
 from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList
 
 HOST = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE = 4096
+SCRATCH = ("count_CE", "figures_LN")
 TILES = TileConfig(block_m=16, block_n=32, block_k=32, group_m=2, num_warps=4, num_stages=2)
 
 
@@ -77,7 +79,7 @@ def routed(tokens: int, choices: int, experts: int) -> torch.Tensor:
 def same(device: Any, host: Any, lengths: dict[str, int]) -> None:
     """Compare two records of tensors; ``lengths`` says how much of some of them is defined."""
     for name, expected in vars(host).items():
-        if isinstance(expected, torch.Tensor) and name != "count_CE":
+        if isinstance(expected, torch.Tensor) and name not in SCRATCH:
             stop = lengths.get(name, expected.numel())
             got = getattr(device, name).cpu()
             assert torch.equal(got.flatten()[:stop], expected.flatten()[:stop]), name
@@ -115,6 +117,30 @@ def run_resolve() -> None:
         resolve.wave_map(work, 1, row_of_E, rows=2)
         resolve.wave_map_torch(listed, 1, rows, rows=2)
         assert torch.equal(row_of_E.cpu(), rows)
+
+
+def run_learn() -> None:
+    """Steps of two unlike layers that evict by what the steps before have taught."""
+    sizes = ((7, 3), (5, 2))
+    both = [AdaptiveTables.empty(*zip(*sizes, strict=True), where) for where in (DEVICE, HOST)]
+    layers = [
+        (
+            ResidencyTables.empty(e, s, tables.use_LE.device, tables.order(number, e)),
+            WorkList.empty(e, tables.use_LE.device),
+        )
+        for tables in both
+        for number, (e, s) in enumerate(sizes)
+    ]
+    for _ in range(3):
+        for number, (experts, _slots) in enumerate(sizes):
+            ids = routed(1, 3, experts)
+            (tables, work), (expected, listed) = layers[number], layers[number + 2]
+            resolve.resolve(ids.to(DEVICE), tables, work, evict=True)
+            resolve.resolve_torch(ids, expected, listed, evict=True)
+            same(tables, expected, {})
+        learn.learn(both[0])
+        learn.learn_torch(both[1])
+        same(*both, {})
 
 
 def run_gather() -> None:
@@ -161,7 +187,7 @@ def run_expert_mlp() -> None:
 
 def runs() -> Iterator[Any]:
     """Everything there is to run."""
-    yield from (run_dispatch, run_resolve, run_gather, run_expert_mlp)
+    yield from (run_dispatch, run_resolve, run_learn, run_gather, run_expert_mlp)
 
 
 def main() -> int:

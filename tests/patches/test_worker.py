@@ -33,7 +33,7 @@ class FakeEngine:
         self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
         self.policies = {"eviction": "lru"}
-        self.resets = self.closed = self.begun = 0
+        self.after_warm_up, self.closed = [], 0
         self.steps = []
 
     def step_begins(self, num_tokens: int, scheduled: int) -> None:
@@ -52,11 +52,11 @@ class FakeEngine:
         assert layers == [LAYER]
         return COUNTS
 
-    def begin_learning(self) -> None:
-        self.begun += 1
+    def forget_routing(self) -> None:
+        self.after_warm_up.append("routing")
 
     def reset_stats(self) -> None:
-        self.resets += 1
+        self.after_warm_up.append("stats")
 
     def close(self) -> None:
         self.closed += 1
@@ -189,11 +189,12 @@ def test_statistics_add_up():
     }
 
 
-def test_statistics_start_after_warm_up():
+def test_warm_up_is_forgotten():
     engine = FakeEngine()
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
-    assert (made.calls, engine.resets, engine.begun) == (["compile_or_warm_up_model"], 1, 1)
+    assert made.calls == ["compile_or_warm_up_model"]
+    assert engine.after_warm_up == ["routing", "stats"]
 
 
 def test_warm_up_of_the_cpu_worker():
@@ -206,7 +207,7 @@ def test_warm_up_of_the_cpu_worker():
     made = CPUWorker([engine])
     made.load_model()
     assert made.compile_or_warm_up_model() == 2.5
-    assert engine.resets == 1
+    assert engine.after_warm_up == ["routing", "stats"]
 
 
 @pytest.fixture

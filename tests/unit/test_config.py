@@ -13,6 +13,7 @@ REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
     "prefetch_mb": "Give a number of MiB, 0 to only count",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds",
@@ -92,6 +93,8 @@ def test_out_of_range(name, value):
         ("staging_mb", 1e-3, 1e-3),
         ("staging_mb", "auto", "auto"),
         ("stats_interval_s", 0, 0.0),
+        ("policy", "lru", "lru"),
+        ("policy", "adaptive", "adaptive"),
         ("allow_dense", True, True),
     ],
 )
@@ -123,6 +126,11 @@ def test_trace_options_without_a_path(options):
 @pytest.mark.parametrize("value", ["perhaps", 2, None, []], ids=repr)
 def test_bad_flag(value):
     check_refused("allow_dense", value)
+
+
+@pytest.mark.parametrize("value", ["", "LRU", "belady", 1, None, True], ids=repr)
+def test_bad_policy(value):
+    check_refused("policy", value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Pages, the metric set, and when a worker reports."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -153,6 +154,44 @@ def test_a_server_and_its_children_share_a_folder(tmp_path):
     assert not any(Path(path).exists() for path in folders), (
         "a server that has ended leaves no folder"
     )
+
+
+KILLED = """
+import os, signal
+from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.metrics import page
+
+page.open_folder()
+written = page.Page(page.Worker("served", 0, 0), 12.5, [], 800, 200, 100)
+path = page.page_path(written.worker)
+claim = page.claim_page(path)
+written.write(path)
+assert page.read_pages() == [written]
+print(path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_server_leaves_is_not_served_and_goes(tmp_path, monkeypatch):
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    path = Path(result.stdout.strip())
+    assert path.parent.parent == tmp_path, result.stderr
+    assert path.exists()
+    monkeypatch.setenv(page.FOLDER, str(path.parent))
+    assert page.read_pages() == []
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(page, "_made", None)
+    monkeypatch.setattr(page, "_claim", None)
+    page.open_folder()
+    assert not path.parent.exists()
+    page._remove_orphans(tmp_path)
+    assert Path(os.environ[page.FOLDER]).exists(), "its server is alive"
+    page._made.cleanup()
 
 
 @pytest.mark.parametrize(

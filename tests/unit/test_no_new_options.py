@@ -6,6 +6,7 @@ OPTIONS = {
     "gpu_gb": "auto",
     "cache_fraction": None,
     "staging_mb": "auto",
+    "policy": "adaptive",
     "predictor": "none",
     "prefetch_mb": "auto",
     "layers": "all",

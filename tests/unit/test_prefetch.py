@@ -96,6 +96,7 @@ def certain(tokens: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("predictor", PREDICTORS)
 @settings(max_examples=40)
 @given(
+    policy=st.sampled_from(("lru", "adaptive")),
     slots=st.integers(0, EXPERTS),
     rows=st.sampled_from((0, 1, 3, 40)),
     steps=st.lists(
@@ -108,9 +109,9 @@ def certain(tokens: int, seed: int) -> torch.Tensor:
     ),
     seed=st.integers(0, 999),
 )
-def test_the_same_bits(predictor, slots, rows, steps, seed):
+def test_the_same_bits(predictor, policy, slots, rows, steps, seed):
     share = slots / EXPERTS
-    engine = make(rows=rows, predictor=predictor, cache_fraction=share)
+    engine = make(rows=rows, predictor=predictor, policy=policy, cache_fraction=share)
     plain = make(cache_fraction=1)
     for number, (tokens, inactive) in enumerate(steps):
         ids_LTK = uniform(tokens, seed + number, inactive)

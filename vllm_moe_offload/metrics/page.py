@@ -3,19 +3,24 @@
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
 from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.lifeline import Claim, is_orphaned
 
 FOLDER = "MOE_OFFLOAD_STATS_DIR"
 """Environment variable through which the processes of one server know the folder of pages."""
 
+_PREFIX = "vllm-moe-offload-"
 _SUFFIX = ".json"
+_CLAIM = ".claim"
 
 _made: tempfile.TemporaryDirectory[str] | None = None
+_claim: Claim | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,19 @@ def page_path(worker: Worker) -> Path | None:
     return Path(folder) / name if folder else None
 
 
+def claim_page(path: Path) -> Claim:
+    """Say that the page is that of this process, and count for nothing once it is gone."""
+    return Claim(path.with_suffix(_CLAIM))
+
+
 def read_pages() -> list[Page]:
-    """Read the pages of all workers of this server."""
+    """Read the pages of all workers of this server, but not of those that were killed."""
     folder = os.environ.get(FOLDER)
     paths = sorted(Path(folder).glob(f"*{_SUFFIX}")) if folder else []
     pages = []
     for path in paths:
+        if is_orphaned(path.with_suffix(_CLAIM)):
+            continue
         try:
             pages.append(Page.read(path))
         except FileNotFoundError:
@@ -84,12 +96,21 @@ def open_folder() -> None:
 
     A process that multiprocessing started belongs to the server of its parent and keeps the
     folder; any other is the first of a server of its own, whatever environment it inherited.
+    Folders of servers that were killed are removed.
     """
-    global _made  # noqa: PLW0603
+    global _made, _claim  # noqa: PLW0603
     inherited = multiprocessing.parent_process() is not None and FOLDER in os.environ
     if _made is None and not inherited:
-        _made = tempfile.TemporaryDirectory(prefix="vllm-moe-offload-", ignore_cleanup_errors=True)
+        _remove_orphans(Path(tempfile.gettempdir()))
+        _made = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+        _claim = Claim(Path(_made.name) / _CLAIM)
         os.environ[FOLDER] = _made.name
+
+
+def _remove_orphans(place: Path) -> None:
+    for folder in place.glob(f"{_PREFIX}*"):
+        if is_orphaned(folder / _CLAIM):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def layer_label(name: str) -> str:

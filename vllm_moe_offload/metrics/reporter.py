@@ -11,7 +11,8 @@ from pathlib import Path
 
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import EngineStats, OffloadEngine
-from vllm_moe_offload.metrics.page import Page, Worker, layer_label
+from vllm_moe_offload.lifeline import Claim
+from vllm_moe_offload.metrics.page import Page, Worker, claim_page, layer_label
 
 PERIOD_S = 1.0
 """Seconds between two readings at most; Prometheus asks every 15 s or so."""
@@ -55,9 +56,14 @@ class Reporter:
         self._steps = self._read_steps = self._logged_steps = 0
         self._counts: Counts = []
         self._settled = True
+        self._claim: Claim | None = None
 
     def start(self) -> None:
         """Write a first page and report from now on."""
+        if self._path is not None:
+            # As for the page itself: a full disk must not keep the worker from serving.
+            with suppress(OSError):
+                self._claim = claim_page(self._path)
         self._counts = self._exact()
         self._publish()
         self._thread.start()
@@ -83,6 +89,8 @@ class Reporter:
             self._log(line(self._total()))
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+        if self._claim is not None:
+            self._claim.release()
 
     def tick(self, now: float) -> None:
         """Report if there may be something new.

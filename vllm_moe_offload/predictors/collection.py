@@ -42,7 +42,7 @@ class Collection:
         return self._counts_LEN[:, :, index]
 
     def norm(self, index: int) -> Floats:
-        """One stored matrix's norm up to and with each layer, float32 [L]."""
+        """One stored matrix's norm up to and with each layer, float64 [L]."""
         return self._norm_LN[:, index]
 
     def add(self, counts_LE: Floats) -> int:
