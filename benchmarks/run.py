@@ -7,7 +7,8 @@
 ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
-``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. ``quant``:
+``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit.
+``prediction``: policies and predictors on replayed routing, against stock vLLM. ``quant``:
 quantised experts beside stock vLLM's backends; ``--only`` names its shapes. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
@@ -29,11 +30,15 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import plots
+import prediction
 import report
 from jobs import Memory, run_all
 from requirements import same_hits, set_beside_bounds, verdicts
 from shapes import SHAPES
 from suites import SUITES, TRACE_SHARES, chunk_of, profiled, trace, united
+
+OF_TRACES = ("trace", "prediction")
+"""Suites that replay a trace."""
 
 DEFAULT_SHAPES = {"trace": "deepseek-v2-lite"}
 
@@ -81,6 +86,9 @@ def quantised(args: argparse.Namespace) -> int:
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Jobs of a suite, on the shape that was asked for or on the suite's own."""
     shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
+    if suite == "prediction":
+        shape = args.shape or prediction.shape_of(args.trace)
+        return prediction.prediction(shape, args.option, str(args.trace.resolve()))
     if suite == "trace":
         return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
     return SUITES[suite](shape, args.option)
@@ -90,7 +98,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--suite", nargs="+", choices=[*SUITES, "trace", "quant"], default=["engine"]
+        "--suite", nargs="+", choices=[*SUITES, *OF_TRACES, "quant"], default=["engine"]
     )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
@@ -113,14 +121,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options of the plugin in every configuration",
     )
-    parser.add_argument("--trace", type=Path, help="file that the suite trace replays")
+    parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
     if "quant" in args.suite and args.suite != ["quant"]:
         parser.error("the suite quant runs alone")
-    if "trace" in args.suite and not (args.trace or args.render or args.plot):
-        parser.error("the suite trace needs --trace")
+    needing = [suite for suite in args.suite if suite in OF_TRACES]
+    if needing and not (args.trace or args.render or args.plot):
+        parser.error(f"the suite {needing[0]} needs --trace")
     if not (args.out or args.render or args.plot or args.list):
         parser.error("--out is needed to measure")
     return args
@@ -170,6 +179,8 @@ def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[
     if "engine" in args.suite:
         shape = args.shape or "qwen3-30b-a3b-16"
         found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
+    if "prediction" in args.suite:
+        found += prediction.verdicts(rows)
     if "trace" in args.suite:
         found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
     return found

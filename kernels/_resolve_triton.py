@@ -19,16 +19,10 @@ from vllm_moe_offload.kernels._dispatch_triton import (
 
 
 @triton.jit
-def replace(
-    missing_E, num_missing, free_S, expert_S, stamp_S, now,
-    slot_of_E, expert_of_S, stamp_of_S,
-    load_expert, load_slot, stream_expert,
-    rank, rank_stride, rank_row,
-    E2: tl.constexpr, S2: tl.constexpr,
-):  # fmt: skip
-    """Give the missing experts the free slots, oldest first; return how many got one."""
-    expert, slot = tl.arange(0, E2), tl.arange(0, S2)
-    num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
+def oldest_first(
+    free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2: tl.constexpr, S2: tl.constexpr
+):
+    """Sort the free slots, the one to be given away first in front; ``rank`` is None for LRU."""
     # One key orders by age, then slot: the factors are powers of two, so the slot is its lowest
     # bits, below an age of -1 too.
     if rank is None:
@@ -37,8 +31,22 @@ def replace(
     else:
         rank_of_S = rank + tl.load(rank_row) * rank_stride + expert_S
         age_S = tl.load(rank_of_S, mask=free_S & (expert_S >= 0), other=-1).to(tl.int64)
-    key_S = tl.where(free_S, age_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
-    victims = (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+    key_S = tl.where(free_S, age_S * S2 + tl.arange(0, S2), 0x7FFFFFFFFFFFFFFF)
+    return (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+
+
+@triton.jit
+def replace(
+    missing_E, num_missing, free_S, expert_S, stamp_S, now,
+    slot_of_E, expert_of_S, stamp_of_S,
+    load_expert, load_slot, stream_expert,
+    rank, rank_stride, rank_row,
+    E2: tl.constexpr, S2: tl.constexpr,
+):  # fmt: skip
+    """Give the missing experts the free slots, oldest first; return how many got one."""
+    expert = tl.arange(0, E2)
+    num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
+    victims = oldest_first(free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2, S2)
 
     rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
     loaded_E = missing_E & (rank_E < num_loads)

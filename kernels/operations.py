@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_moe_offload.kernels import expert_mlp, gather, learn, quantised_mlp, resolve
+from vllm_moe_offload.kernels import (
+    expert_mlp,
+    gather,
+    learn,
+    predict,
+    prefetch,
+    quantised_mlp,
+    resolve,
+)
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import ExpertFormat
@@ -25,6 +33,8 @@ class Operations:
     quantised_mlp: Callable[..., None]
     combine: Callable[..., None]
     learn: Callable[..., None]
+    look_ahead: Callable[..., None]
+    learn_transitions: Callable[..., None]
     sorts_pairs: bool
     """Whether the products want their pairs sorted by expert, which resolve then does."""
 
@@ -50,6 +60,8 @@ TORCH = Operations(
     quantised_mlp=quantised_mlp.quantised_mlp_torch,
     combine=expert_mlp.combine_torch,
     learn=learn.learn_torch,
+    look_ahead=prefetch.look_ahead_torch,
+    learn_transitions=predict.learn_transitions_torch,
     sorts_pairs=False,
 )
 
@@ -61,6 +73,8 @@ TRITON = Operations(
     quantised_mlp=quantised_mlp.quantised_mlp,
     combine=expert_mlp.combine,
     learn=learn.learn,
+    look_ahead=prefetch.look_ahead,
+    learn_transitions=predict.learn_transitions,
     sorts_pairs=True,
 )
 

@@ -45,7 +45,17 @@ class Counter(IntEnum):
     LOADS = 2
     STREAMS = 3
     SURPLUS = 4
-    """Moved by a sweep though nobody asked for them; resolve leaves it alone."""
+    """Moved by a sweep though nobody asked for them; resolve leaves it and those below alone."""
+    PREFETCHED = 5
+    """Brought into a slot ahead of the step."""
+    PREFETCH_HITS = 6
+    """Those of them that the step then read."""
+    GUESSED = 7
+    """Predicted for steps that had a prediction."""
+    FOUND = 8
+    """Those of them that the step then read."""
+    FORESEEABLE = 9
+    """Active experts of steps that had a prediction."""
 
 
 class Use(IntFlag):
@@ -208,13 +218,13 @@ def resolve_torch(
         tables.order.use_E.copy_(Use.ACTIVE * active_E + Use.RESIDENT * resident_E)
 
     missing = torch.nonzero(active_E & ~hit_E).flatten()
-    slots = _replaceable_slots(tables, evict=evict)
+    slots = replaceable_slots(tables, evict=evict)
     num_loads = min(missing.numel(), slots.numel())
-    _assign(tables, missing[:num_loads], slots[:num_loads])
+    assign(tables, missing[:num_loads], slots[:num_loads])
 
-    _write(work.load_expert_E, work.num_loads, missing[:num_loads])
-    _write(work.load_slot_E, work.num_loads, slots[:num_loads])
-    _write(work.stream_expert_E, work.num_streams, missing[num_loads:])
+    write_entries(work.load_expert_E, work.num_loads, missing[:num_loads])
+    write_entries(work.load_slot_E, work.num_loads, slots[:num_loads])
+    write_entries(work.stream_expert_E, work.num_streams, missing[num_loads:])
     work.counters[Counter.ACTIVE] += active_E.sum()
     work.counters[Counter.HITS] += hit_E.sum()
     work.counters[Counter.LOADS] += num_loads
@@ -226,7 +236,7 @@ def resolve_torch(
         log_torch(log)
 
 
-def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
+def replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
     """Slots that may be overwritten in this step, best victim first."""
     is_empty = tables.expert_of_S == NOWHERE
     if tables.order is None:
@@ -240,7 +250,8 @@ def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
     return by_age[free[by_age]]
 
 
-def _assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
+def assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
+    """Give slots to experts that have none, as if they had been read now."""
     evicted = tables.expert_of_S[slots]
     tables.slot_of_E[evicted[evicted >= 0].long()] = NOWHERE
     tables.slot_of_E[experts] = slots.int()
@@ -248,7 +259,8 @@ def _assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
     tables.stamp_S[slots] = tables.clock
 
 
-def _write(entries: Tensor, length: Tensor, values: Tensor) -> None:
+def write_entries(entries: Tensor, length: Tensor, values: Tensor) -> None:
+    """Write a list of a work list and its length."""
     entries[: values.numel()] = values.int()
     length.fill_(values.numel())
 

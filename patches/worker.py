@@ -110,7 +110,7 @@ def _execute_model(
         return original(self, scheduler_output, *args, **kwargs)
     tokens = self.moe_offload_lookahead.tokens_outside_graphs(scheduler_output)
     for engine in engines:
-        engine.step_begins(tokens)
+        engine.step_begins(tokens, scheduler_output.total_num_scheduled_tokens)
     result = original(self, scheduler_output, *args, **kwargs)
     if recording := _recording(self):
         recording.note(self.model_runner, scheduler_output, result)
@@ -132,7 +132,7 @@ def _stats(self: Any) -> dict[str, Any] | None:
     return {
         **reduce(add, totals).as_dict(),
         "policies": engines[0].policies,
-        "by_layer": [asdict(layer) for layer in labelled(counts)],
+        "by_layer": [{**asdict(layer), "coverage": layer.coverage} for layer in labelled(counts)],
     }
 
 

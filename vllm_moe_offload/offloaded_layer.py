@@ -128,13 +128,19 @@ class OffloadedLayer:
         )  # fmt: skip
 
     def step(
-        self, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor, chosen_TK: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        chosen_TK: Tensor | None = None,
+        ahead: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Resolve, load what is missing, compute, in launches that follow from shapes alone.
 
         The residents, those just brought in among them, are computed first. Experts that got
         no slot follow in waves through staging. ``chosen_TK`` are the router's ids where the local
-        ones differ.
+        ones differ. ``ahead`` is called with the input and the ids when what is missing has been
+        queued: what it queues comes after demand.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -149,6 +155,8 @@ class OffloadedLayer:
             self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
             work.num_loads,
         )  # fmt: skip
+        if ahead is not None:
+            ahead(x_TH, ids_TK)
         products.compute(tables.slot_of_E, self.slots.weights)
         rows = self.halves[0].num_rows
         for wave, first in enumerate(self._waves(ids_TK.numel(), evict=evict)):

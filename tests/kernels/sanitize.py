@@ -20,11 +20,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from vllm_moe_offload import kernels
-from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, resolve
+from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, predict, resolve
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
 from vllm_moe_offload.kernels.learn import AdaptiveTables
+from vllm_moe_offload.kernels.prefetch import look_ahead, look_ahead_torch
 from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList
 
 sys.path += [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parent)]
@@ -197,9 +198,33 @@ def run_quantised() -> None:
         quantised.run(form, share, [quantised.draw(4, DEVICE)], DEVICE)
 
 
+def run_look_ahead() -> None:
+    """Every kind of predictor, in one launch and in two; then what a step teaches."""
+    import test_prefetch as prefetch
+
+    for kind in prefetch.KINDS:
+        for tokens in (2, 17):
+            case = prefetch.Case(tokens, kind, 7, 3, tokens, 3, 2, 0.1, torch.int32, 1)
+            own, following = (prefetch.random_side(case, HOST) for _ in range(2))
+            ids, source = prefetch.routed(case, HOST), prefetch.source_of(case, HOST)
+            sides = (own, following, source, prefetch.outlook(case, HOST))
+            there = tuple(prefetch.copy(side, DEVICE) for side in sides)
+            look_ahead(ids.to(DEVICE), 1, *there)
+            look_ahead_torch(ids, 1, *sides)
+            for side, expected in zip(there, sides, strict=True):
+                prefetch.assert_same(prefetch.copy(side, HOST), expected)
+    tables = prefetch.markov_tables(7, HOST)
+    there = prefetch.copy(tables, DEVICE)
+    ids_LTK = torch.stack([routed(9, 3, 7) for _ in range(prefetch.L)])
+    predict.learn_transitions(ids_LTK.to(DEVICE), 9, there)
+    predict.learn_transitions_torch(ids_LTK, 9, tables)
+    prefetch.assert_same(prefetch.copy(there, HOST), tables)
+
+
 def runs() -> Iterator[Any]:
     """Everything there is to run."""
-    yield from (run_dispatch, run_resolve, run_learn, run_gather, run_expert_mlp, run_quantised)
+    yield from (run_dispatch, run_resolve, run_learn, run_look_ahead, run_gather)
+    yield from (run_expert_mlp, run_quantised)
 
 
 def main() -> int:

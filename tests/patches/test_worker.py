@@ -24,7 +24,8 @@ COUNTS = EngineStats(
 IDLE = SchedulerOutput.make_empty()
 
 
-LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0)
+LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0, found=2,
+                    foreseeable=4)  # fmt: skip
 
 
 class FakeEngine:
@@ -35,8 +36,8 @@ class FakeEngine:
         self.after_warm_up, self.closed = [], 0
         self.steps = []
 
-    def step_begins(self, num_tokens: int) -> None:
-        self.steps.append(("begins", num_tokens))
+    def step_begins(self, num_tokens: int, scheduled: int) -> None:
+        self.steps.append(("begins", num_tokens, scheduled))
 
     def step_ended(self, next_tokens: int) -> None:
         self.steps.append(("ended", next_tokens))
@@ -175,7 +176,7 @@ def test_untouched_without_an_engine(was_loaded):
 
 def test_statistics_of_one_engine():
     stats = loaded(FakeEngine()).moe_offload_stats()
-    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3"}]
+    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3", "coverage": 0.5}]
     assert stats.pop("policies") == {"eviction": "lru"}
     assert stats == COUNTS.as_dict()
 
@@ -366,4 +367,6 @@ def test_engines_hear_of_steps_outside_graphs():
         step = SchedulerOutput.make_empty()
         step.total_num_scheduled_tokens = tokens
         made.execute_model(step)
-    assert engine.steps == [("begins", 0), ("ended", 0), ("begins", 9), ("ended", 0)]
+    assert engine.steps == [
+        ("begins", 0, 8), ("ended", 0), ("begins", 9, 9), ("ended", 0),
+    ]  # fmt: skip

@@ -7,6 +7,8 @@ OPTIONS = {
     "cache_fraction": None,
     "staging_mb": "auto",
     "policy": "adaptive",
+    "predictor": "none",
+    "prefetch_mb": "auto",
     "layers": "all",
     "stats_interval_s": 60.0,
     "trace_path": None,

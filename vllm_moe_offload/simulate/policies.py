@@ -10,9 +10,9 @@ import numpy as np
 
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.predictors.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.adaptive import AdaptivePolicy
 from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores
-from vllm_moe_offload.simulate.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.steps import Step
 from vllm_moe_offload.trace import Trace
 
