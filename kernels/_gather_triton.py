@@ -5,16 +5,17 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["first", "stop"])
+@triton.jit(do_not_specialize=["first", "stop", "part", "parts"])
 def gather_kernel(
-    source, target, source_row_N, target_row_N, length, first, stop,
+    source, target, source_row_N, target_row_N, length, first, stop, part, parts,
     source_stride, target_stride,
     ROW_WORDS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Deal the pieces of all rows round to the programs, so that one row keeps all of them busy."""
     pieces: tl.constexpr = (ROW_WORDS + PIECE - 1) // PIECE
     entries = tl.maximum(tl.minimum(tl.load(length), stop) - first, 0)
-    for piece in range(tl.program_id(0), entries * pieces, tl.num_programs(0)):
+    begin, end = entries * part // parts * pieces, entries * (part + 1) // parts * pieces
+    for piece in range(begin + tl.program_id(0), end, tl.num_programs(0)):
         entry = piece // pieces
         word = piece % pieces * PIECE + tl.arange(0, PIECE)
         source_row = tl.load(source_row_N + first + entry).to(tl.int64)

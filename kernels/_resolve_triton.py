@@ -43,7 +43,10 @@ def replace(
     rank, rank_stride, rank_row,
     E2: tl.constexpr, S2: tl.constexpr,
 ):  # fmt: skip
-    """Give the missing experts the free slots, oldest first; return how many got one."""
+    """Give the missing experts the free slots, oldest first.
+
+    Returns how many got one, which slot each got or -1, and each one's place among the missing.
+    """
     expert = tl.arange(0, E2)
     num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
     victims = oldest_first(free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2, S2)
@@ -60,7 +63,21 @@ def replace(
     tl.store(load_expert + rank_E, expert, mask=loaded_E)
     tl.store(load_slot + rank_E, victim_E, mask=loaded_E)
     tl.store(stream_expert + rank_E - num_loads, expert, mask=missing_E & ~loaded_E)
-    return num_loads
+    return num_loads, tl.where(loaded_E, victim_E, -1), rank_E
+
+
+@triton.jit
+def write_arrivals(
+    arrival, hit_E, slot_E, given_E, rank_E, num_loads, E: tl.constexpr, PARTS: tl.constexpr
+):
+    """Write a row of slots for the experts at hand, and one for each part of the loads."""
+    expert = tl.arange(0, hit_E.shape[0])
+    tl.store(arrival + expert, tl.where(hit_E, slot_E, -1), mask=expert < E)
+    for part in tl.static_range(PARTS):
+        first, stop = num_loads * part // PARTS, num_loads * (part + 1) // PARTS
+        in_part_E = (given_E >= 0) & (rank_E >= first) & (rank_E < stop)
+        row = arrival + (part + 1) * E + expert
+        tl.store(row, tl.where(in_part_E, given_E, -1), mask=expert < E)
 
 
 @triton.jit(do_not_specialize=["num_ids", "S", "num_logged"])
@@ -70,14 +87,15 @@ def resolve_kernel(
     load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
     rank, rank_stride, rank_row, use,
     sorted_pair, expert_of_block, num_blocks,
-    chosen, log, num_logged,
+    chosen, log, num_logged, arrival,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
     COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """See ``resolve``.
 
-    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair`` and ``log``
-    where that part is not wanted.
+    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair``, ``log`` and
+    ``arrival`` where that part is not wanted.
     """
     expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
@@ -104,6 +122,7 @@ def resolve_kernel(
         tl.store(use + expert, use_E.to(tl.int8), mask=expert < E)
 
     num_loads = 0
+    given_E, rank_E = tl.full([E2], -1, tl.int32), tl.zeros([E2], tl.int32)
     # All experts resident is the common case of a good cache, and sorting is the dear part.
     if num_missing > 0:
         if EVICT:
@@ -111,7 +130,7 @@ def resolve_kernel(
             free_S = (stamp_S < now) & ~(read_S & (expert_S >= 0))
         else:
             free_S = expert_S == -1
-        num_loads = replace(
+        num_loads, given_E, rank_E = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
             slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert,
             rank, rank_stride, rank_row, E2, S2,
@@ -123,6 +142,9 @@ def resolve_kernel(
     steps = tl.where(counter == 0, num_hits + num_missing, num_hits)
     steps = tl.where(counter == 2, num_loads, tl.where(counter == 3, num_streams, steps))
     tl.store(counters + counter, totals + steps)
+
+    if arrival is not None:
+        write_arrivals(arrival, hit_E, slot_E, given_E, rank_E, num_loads, E, PARTS)
 
     if sorted_pair is not None:
         first_E, blocks_E = first_blocks(count_E, BLOCK_M)

@@ -27,6 +27,8 @@ def gather_torch(
     *,
     first: int = 0,
     limit: int | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> None:
     """Copy the rows that a work list names.
 
@@ -41,11 +43,15 @@ def gather_torch(
         length: int32 [1], how many entries of the list are valid.
         first: first entry to copy.
         limit: copy at most this many entries; None for all.
+        part: of the entries that are left copy those from ``part / parts`` up to
+            ``(part + 1) / parts`` of their number, rounded down.
+        parts: how many parts together are all.
     """
     stop = min(int(length), source_row_N.numel())
     if limit is not None:
         stop = min(stop, first + limit)
-    for n in range(first, stop):
+    entries = max(0, stop - first)
+    for n in range(first + entries * part // parts, first + entries * (part + 1) // parts):
         row = n - first if target_row_N is None else int(target_row_N[n])
         target[row].copy_(source[int(source_row_N[n])], non_blocking=True)
 
@@ -59,6 +65,8 @@ def gather(
     *,
     first: int = 0,
     limit: int | None = None,
+    part: int = 0,
+    parts: int = 1,
     programs: int = PROGRAMS,
 ) -> None:
     """Do what ``gather_torch`` does, in one launch that the host never waits for.
@@ -74,6 +82,6 @@ def gather(
     source_words, target_words = source.view(torch.int64), target.view(torch.int64)
     gather_kernel[(programs,)](
         source_words, target_words, source_row_N, target_row_N, length, first, stop,
-        source_words.stride(0), target_words.stride(0),
+        part, parts, source_words.stride(0), target_words.stride(0),
         ROW_WORDS=source_words.shape[1], PIECE=PIECE_WORDS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Which active expert sits where: hits, victims, loads and streams of one MoE layer.
 
-Legend: T tokens, K choices a token, E local experts, S slots, R rows of one staging block.
+Legend: T tokens, K choices a token, E local experts, S slots, R rows of one staging block,
+A arrivals: the experts at hand, then the parts in which the loads are moved.
 """
 
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ def resolve_torch(
     evict: bool,
     dispatch: Dispatch | None = None,
     log: IdLog | None = None,
+    slot_of_AE: Tensor | None = None,
 ) -> None:
     """Find the active experts' slots, give the missing ones new slots, list what to move.
 
@@ -207,6 +209,8 @@ def resolve_torch(
         evict: whether a resident that this step does not read may lose its slot.
         dispatch: if given, the pairs are also sorted by expert into it, see ``dispatch``.
         log: if given, the router's ids are also kept there.
+        slot_of_AE: if given, int32 [1 + parts, E]: row 0 is overwritten with the slots of the hits,
+            row p with those of part p - 1 of the loads, see ``gather``; -1 for all others.
     """
     ids = ids_TK.reshape(-1)
     active_E = torch.zeros_like(tables.slot_of_E, dtype=torch.bool)
@@ -225,6 +229,8 @@ def resolve_torch(
     write_entries(work.load_expert_E, work.num_loads, missing[:num_loads])
     write_entries(work.load_slot_E, work.num_loads, slots[:num_loads])
     write_entries(work.stream_expert_E, work.num_streams, missing[num_loads:])
+    if slot_of_AE is not None:
+        _write_arrivals(slot_of_AE, tables, torch.nonzero(hit_E).flatten(), missing[:num_loads])
     work.counters[Counter.ACTIVE] += active_E.sum()
     work.counters[Counter.HITS] += hit_E.sum()
     work.counters[Counter.LOADS] += num_loads
@@ -234,6 +240,17 @@ def resolve_torch(
         dispatch_torch(ids_TK, dispatch)
     if log is not None:
         log_torch(log)
+
+
+def _write_arrivals(
+    slot_of_AE: Tensor, tables: ResidencyTables, hits: Tensor, loads: Tensor
+) -> None:
+    parts = slot_of_AE.shape[0] - 1
+    slot_of_AE.fill_(NOWHERE)
+    slot_of_AE[0, hits] = tables.slot_of_E[hits]
+    for part in range(parts):
+        first, stop = (loads.numel() * n // parts for n in (part, part + 1))
+        slot_of_AE[part + 1, loads[first:stop]] = tables.slot_of_E[loads[first:stop]]
 
 
 def replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
@@ -273,6 +290,7 @@ def resolve(
     evict: bool,
     dispatch: Dispatch | None = None,
     log: IdLog | None = None,
+    slot_of_AE: Tensor | None = None,
 ) -> None:
     """Do what ``resolve_torch`` does, in one launch of one program that the host never waits for.
 
@@ -295,10 +313,12 @@ def resolve(
         order and order.use_E,
         fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
         log and log.chosen_TK.reshape(-1), log and log.log_TK, log.num_pairs if log else 0,
+        slot_of_AE,
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),
         S2=max(16, triton.next_power_of_2(num_slots)), EVICT=evict,
         COUNT_CHUNK=count_chunk, RANK_CHUNK=rank_chunk,
         BLOCK_M=fused.block_m if fused else 1,
+        PARTS=0 if slot_of_AE is None else slot_of_AE.shape[0] - 1,
         num_warps=_num_warps(num_pairs, num_experts, num_slots),
     )  # fmt: skip
     if dispatch is not None and fused is None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.arena import SlotArena
+from vllm_moe_offload.beside import Beside, beside_on
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
@@ -35,6 +36,7 @@ from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import Prefetch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
+from vllm_moe_offload.step import PARTS, run_step
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
 from vllm_moe_offload.sweep import Sweep
 
@@ -160,7 +162,8 @@ class OffloadEngine:
         if self.device.type == "cuda":
             self.pool.register()
         self._eviction = self._make_eviction()
-        self._layers = [self._ready(number) for number in range(len(self.specs))]
+        beside = beside_on(self.device)
+        self._layers = [self._ready(number, beside) for number in range(len(self.specs))]
         self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
@@ -225,10 +228,10 @@ class OffloadEngine:
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
         if prefetch is None or part.is_sweep(ids_TK.numel()):
-            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK)
+            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK)
         else:
             ahead = partial(prefetch.look_ahead, layer)
-            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK, ahead)
+            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK, ahead)
             prefetch.layer_ended()
         # A sweep reads nearly everything and evicts nobody: there is nothing to learn.
         ends_step = part is self._layers[-1] and not part.is_sweep(ids_TK.numel())
@@ -397,7 +400,7 @@ class OffloadEngine:
             return None
         return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
 
-    def _ready(self, number: int) -> OffloadedLayer:
+    def _ready(self, number: int, beside: Beside) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
         order = self._eviction.order(number) if self._eviction is not None else None
@@ -409,7 +412,11 @@ class OffloadEngine:
             blocks=self._staged(spec, self.staging.blocks),
             residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
+            slot_of_AE=torch.empty(
+                1 + PARTS, spec.num_experts, dtype=torch.int32, device=self.device
+            ),
             operations=operations_for(self.device),
+            beside=beside,
             log_TK=self.step_log.layer(number) if self.step_log else None,
         )
 

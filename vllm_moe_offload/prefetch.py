@@ -7,9 +7,8 @@ A layer's step, in the order of the current stream, with the copies for the next
                              +---------> gather for the next layer -----------+
 
 Demand goes first: the copies begin when what this layer misses is there. The next layer's resolve
-waits for them, because it may give their slots to what it misses. Within one CUDA graph the fork
-becomes two branches; a graph that ends before the next layer begins joins them at the end of the
-layer.
+waits for them, because it may give their slots to what it misses. A CUDA graph that ends before
+the next layer begins joins them at the end of the layer.
 
 Legend: T tokens, K choices a token, L layers, E experts, H hidden size, M tokens of the largest
 step that is predicted.
@@ -35,41 +34,6 @@ MAX_TOKENS = 512
 
 PENDING_STEPS = 64
 """Steps whose time is still to be read; the oldest are dropped, the host never waits."""
-
-
-class _Beside:
-    """Order between copies and computation where both are one sequence, as on a CPU."""
-
-    def fork(self) -> None:
-        """Let copies begin after what has been queued to compute."""
-
-    def copies(self) -> torch.cuda.StreamContext | None:
-        """The context in which copies are queued."""
-        return None
-
-    def join(self) -> None:
-        """Compute nothing more before the copies are there."""
-
-
-class _BesideOnStream(_Beside):
-    """The same order between a stream for copies and the current one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._is_open = False
-
-    def fork(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._is_open = True
-
-    def copies(self) -> torch.cuda.StreamContext | None:
-        return torch.cuda.stream(self._stream)
-
-    def join(self) -> None:
-        if self._is_open:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._is_open = False
 
 
 class Prefetch:
@@ -118,7 +82,7 @@ class Prefetch:
             for layer in layers
         ]
         is_cuda = device.type == "cuda"
-        self._beside = _BesideOnStream(device) if is_cuda else _Beside()
+        self._beside = layers[0].beside
         self._clock = _StreamClock(layers, device) if is_cuda else _HostClock(layers)
 
     def settle(self) -> None:
@@ -186,16 +150,11 @@ class Prefetch:
 
     def _fetch(self, part: OffloadedLayer) -> None:
         work = part.residency.work
-        arguments = (
-            part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E, work.load_slot_E,
-            work.num_loads,
-        )  # fmt: skip
-        context = self._beside.copies()
-        if context is None:
-            self._operations.gather(*arguments)
-            return
-        with context:
-            self._operations.gather(*arguments)
+        with self._beside.copies():
+            self._operations.gather(
+                part.pool_rows_EB, part.slots.rows_RB, work.load_expert_E, work.load_slot_E,
+                work.num_loads,
+            )  # fmt: skip
 
 
 class _HostClock:

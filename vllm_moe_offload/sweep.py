@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vllm_moe_offload.kernels import dispatch
 from vllm_moe_offload.kernels.resolve import NOWHERE, Counter
-from vllm_moe_offload.offloaded_layer import OffloadedLayer, Products
+from vllm_moe_offload.offloaded_layer import OffloadedLayer
+from vllm_moe_offload.products import Products
 
 
 @dataclass(frozen=True)

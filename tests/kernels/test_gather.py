@@ -28,14 +28,16 @@ def int32(values, device) -> torch.Tensor:
     length=st.integers(0, 8),
     first=st.integers(0, 4),
     limit=st.none() | st.integers(0, 4),
+    parts=st.integers(1, 3),
     programs=st.sampled_from((1, 3, 8)),
     mapped=st.booleans(),
     piece_words=st.sampled_from((256, 1024, 2048)),
     data=st.data(),
 )
 def test_gather(
-    pages, num_source, num_target, length, first, limit, programs, mapped, piece_words, data, device
-):
+    pages, num_source, num_target, length, first, limit, parts, programs, mapped, piece_words, data,
+    device,
+):  # fmt: skip
     entries = num_target
     source = random_rows(num_source, pages * PAGE, device)
     row = st.lists(st.integers(0, num_source - 1), min_size=entries, max_size=entries)
@@ -45,13 +47,24 @@ def test_gather(
     # Rows lie apart, as in a buffer of several layers.
     block = torch.full((num_target, (pages + 1) * PAGE), 0xAB, dtype=torch.uint8, device=device)
     expected = block.clone()
+    part = data.draw(st.integers(0, parts - 1))
+    of_list = {"first": first, "limit": limit, "part": part, "parts": parts}
     with mock.patch.object(module, "PIECE_WORDS", piece_words):
-        gather(
-            source, block[:, : pages * PAGE], *arguments,
-            first=first, limit=limit, programs=programs,
-        )  # fmt: skip
-    gather_torch(source, expected[:, : pages * PAGE], *arguments, first=first, limit=limit)
+        gather(source, block[:, : pages * PAGE], *arguments, **of_list, programs=programs)
+    gather_torch(source, expected[:, : pages * PAGE], *arguments, **of_list)
     assert torch.equal(block, expected)
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_the_parts_are_the_whole(length, device):
+    source = random_rows(7, PAGE, device)
+    rows, number = int32([3, 1, 4, 0, 6, 2, 5], device), int32([length], device)
+    whole, of_parts = (torch.zeros(7, PAGE, dtype=torch.uint8, device=device) for _ in range(2))
+    gather(source, whole, rows, rows, number)
+    for part in range(3):
+        gather(source, of_parts, rows, rows, number, part=part, parts=3)
+    assert torch.equal(of_parts, whole)
+    assert torch.equal(whole[rows[:length].long()], source[rows[:length].long()])
 
 
 def test_gather_reaches_beyond_two_gigabytes(device):

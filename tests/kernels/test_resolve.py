@@ -217,6 +217,34 @@ def test_resolve_also_sorts_pairs(case, block_m, device):
     assert_same_dispatch(lists, expected)
 
 
+@given(case=cases(), parts=st.integers(1, 4))
+def test_resolve_also_tells_who_comes_when(case, parts, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
+    shape = (1 + parts, case.num_experts)
+    got, expected = (torch.full(shape, POISON, dtype=torch.int32, device=device) for _ in range(2))
+    for _ in range(2):
+        ids_TK, before = routed(case, device), tables.slot_of_E.clone()
+        resolve(ids_TK, tables, work, evict=case.evict, slot_of_AE=got)
+        resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict, slot_of_AE=expected)
+        assert_same(tables, work, expected_tables, expected_work)
+        assert torch.equal(got, expected)
+    # Every active expert that has a slot comes once, those that were there before at once.
+    active = ids_TK[ids_TK >= 0].long().unique()
+    rows = (got >= 0).sum(0)
+    assert torch.equal(rows[active], (tables.slot_of_E[active] >= 0).long())
+    assert int(rows.sum()) == int(rows[active].sum())
+    assert torch.equal(got.amax(0)[active], tables.slot_of_E[active])
+    assert torch.equal(got[0, active], before[active])
+    # What a part brings is in its slots when that part of the list has been moved.
+    for part in range(parts):
+        first, stop = (int(work.num_loads) * n // parts for n in (part, part + 1))
+        moved = work.load_expert_E[first:stop].long()
+        assert torch.equal(got[part + 1, moved], work.load_slot_E[first:stop])
+        assert int((got[part + 1] >= 0).sum()) == stop - first
+
+
 @pytest.mark.parametrize("fused_pairs", [0, 1024])
 def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
     case = Case(3, 33, 7, 9, (100, 3), 0.2, torch.int64, True)

@@ -1,0 +1,67 @@
+"""Beside: copies by kernels on a stream of their own, in order with what is computed.
+
+Within one CUDA graph the two streams become two branches of it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+class Beside:
+    """The order between copies and computation where both are one sequence, as on a CPU."""
+
+    def fork(self) -> None:
+        """Let copies from here on begin after what has been queued to compute."""
+
+    def copies(self) -> AbstractContextManager[object]:
+        """The context in which copies are queued."""
+        return nullcontext()
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Name what has been queued to copy so far."""
+        return None
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """Compute nothing more before the copies that ``mark`` names are there."""
+
+    def join(self) -> None:
+        """Compute nothing more before all copies are there."""
+
+
+IN_TURN = Beside()
+"""Copies and computation in turn on the current stream."""
+
+
+class _OnStream(Beside):
+    """The same order between a stream for copies and the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Copies want few multiprocessors, but those before all that computes.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._is_open = False
+
+    def fork(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._is_open = True
+
+    def copies(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        return self._stream.record_event()
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        assert mark is not None, "marks and waits belong to the same order"
+        torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def join(self) -> None:
+        if self._is_open:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._is_open = False
+
+
+def beside_on(device: torch.device) -> Beside:
+    """A stream beside the current one of a GPU; on the host all is one sequence."""
+    return _OnStream(device) if device.type == "cuda" else Beside()
