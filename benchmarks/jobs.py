@@ -62,13 +62,16 @@ def run_all(
 
 
 class Memory:
-    """Bytes of the GPU and of the host that the servers of a round may take together."""
+    """Bytes of the GPU and of the host that the servers of a round may take together.
 
-    def __init__(self, device: int, host: int) -> None:
-        self.device, self.host = device, host
+    ``servers`` is how many they may be; pinned memory of many takes some of the bus from each.
+    """
+
+    def __init__(self, device: int, host: int, servers: int = 99) -> None:
+        self.device, self.host, self.servers = device, host, servers
 
     @classmethod
-    def of_this_machine(cls) -> "Memory":
+    def of_this_machine(cls, servers: int = 99) -> "Memory":
         """What is free now, less a margin; nothing without a GPU, where jobs run one by one."""
         import torch
 
@@ -77,7 +80,7 @@ class Memory:
         if not torch.cuda.is_available():
             return cls(0, 0)
         free = torch.cuda.mem_get_info()[0]
-        return cls(int(free * 0.96), int(available_host_memory().available * 0.85))
+        return cls(int(free * 0.96), int(available_host_memory().available * 0.85), servers)
 
 
 def rounds(jobs: Sequence[Job], memory: Memory) -> list[list[Job]]:
@@ -86,7 +89,10 @@ def rounds(jobs: Sequence[Job], memory: Memory) -> list[list[Job]]:
     left: list[list[int]] = []
     for job in jobs:
         device, host = needs(job)
-        fits = (n for n, room in enumerate(left) if device <= room[0] and host <= room[1])
+        fits = (
+            n for n, room in enumerate(left)
+            if device <= room[0] and host <= room[1] and len(found[n]) < memory.servers
+        )  # fmt: skip
         number = next(fits, len(found))
         if number == len(found):
             found.append([])

@@ -121,6 +121,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options of the plugin in every configuration",
     )
+    parser.add_argument(
+        "--together", type=int, default=2, help="servers that start at once; one is measured"
+    )
     parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
@@ -155,7 +158,7 @@ def measure(args: argparse.Namespace, jobs: list[dict[str, Any]]) -> dict[str, A
     shapes = {job["shape"]: SHAPES[job["shape"]].as_dict() for job in jobs}
     result: dict[str, Any] = {}
     start = time.monotonic()
-    for done in run_all(jobs, Memory.of_this_machine()):
+    for done in run_all(jobs, Memory.of_this_machine(args.together)):
         rows += done.pop("rows")
         processes.append(done)
         _tell(done, time.monotonic() - start)

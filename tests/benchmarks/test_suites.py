@@ -152,4 +152,6 @@ def test_rounds_fit():
         device, host = map(sum, zip(*map(jobs.needs, part), strict=True))
         assert device <= memory.device
         assert host <= memory.host
+    assert all(len(r) <= 2 for r in jobs.rounds(asked, jobs.Memory(1 << 60, 1 << 60, 2)))
+    assert len(jobs.rounds(asked, jobs.Memory(1 << 60, 1 << 60))) == 1
     assert jobs.rounds(asked, jobs.Memory(0, 0)) == [[j] for j in asked]
