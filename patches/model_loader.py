@@ -82,7 +82,8 @@ def _create_model(
             "fused-MoE layer is among them",
             "Choose other layers, or drop --plugin moe-offload for this architecture",
         )
-    engine.routers = find_routers(model, engine.specs)
+    if engine.config.predictor == "gate":
+        engine.routers = find_routers(model, engine.specs)
     engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
     if vllm_config.load_config.load_format != "dummy":  # it leaves integers as they are

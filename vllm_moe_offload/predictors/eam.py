@@ -149,6 +149,14 @@ class EamPredictor:
         for place in places:
             counts_LE = torch.from_numpy(self._collection.matrix(place))
             norm_L = torch.from_numpy(self._collection.norm(place)).clamp(min=1e-9)
-            self.tables.counts_LEN[:, :, place] = counts_LE.to(self.tables.counts_LEN)
-            self.tables.inverse_norm_LN[:, place] = (1 / norm_L).to(self.tables.inverse_norm_LN)
+            self._put(counts_LE, self.tables.counts_LEN[:, :, place])
+            self._put(1 / norm_L, self.tables.inverse_norm_LN[:, place])
         self.tables.size.fill_(self._collection.size)
+
+    @staticmethod
+    def _put(values: Tensor, target: Tensor) -> None:
+        """Copy to the device without waiting for it."""
+        values = values.to(target.dtype)
+        if target.is_cuda:
+            values = values.pin_memory().to(target.device, non_blocking=True)
+        target.copy_(values)
