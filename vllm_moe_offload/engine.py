@@ -36,7 +36,7 @@ from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import Prefetch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
-from vllm_moe_offload.step import PARTS, run_step
+from vllm_moe_offload.step import MAX_PARTS, run_step
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
 from vllm_moe_offload.sweep import Sweep
 
@@ -413,7 +413,7 @@ class OffloadEngine:
             residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             slot_of_AE=torch.empty(
-                1 + PARTS, spec.num_experts, dtype=torch.int32, device=self.device
+                1 + MAX_PARTS, spec.num_experts, dtype=torch.int32, device=self.device
             ),
             operations=operations_for(self.device),
             beside=beside,

@@ -5,9 +5,9 @@ What is at hand is computed while the rest is on its way, and what has come whil
     compute:  resolve | hits       | part 0 | part 1 | wave 0 | wave 1 ...
     copies:           | part 0     | part 1 | wave 0 | wave 1 | ...
 
-Experts that get a slot come in ``PARTS`` parts; those that get none come in waves through the two
-halves of staging. How many launches there are, and of what size, follows from shapes alone, so a
-CUDA graph of one step serves every other.
+Experts that get a slot come in up to ``MAX_PARTS`` parts; those that get none come in waves
+through the two halves of staging. How many launches there are, and of what size, follows from
+shapes alone, so a CUDA graph of one step serves every other.
 
 Legend: T tokens, K choices a token, E local experts, H hidden size, A arrivals (see
 ``kernels.resolve``).
@@ -22,12 +22,12 @@ from vllm_moe_offload.beside import IN_TURN, Beside
 from vllm_moe_offload.offloaded_layer import Block, OffloadedLayer
 from vllm_moe_offload.products import Products
 
-PARTS = 2
-"""Parts in which a step's loads come, where that pays."""
+MAX_PARTS = 2
+"""Parts in which a step's loads come."""
 
 FEW_PAIRS = 16
-"""Up to so many routed pairs the copies are few and the launches beside them cost more than is
-saved: they are then moved and computed in turn."""
+"""Up to so many routed pairs the loads are few, and come in one part: another one's launches would
+cost more than is saved."""
 
 Mark = torch.cuda.Event | None
 
@@ -59,18 +59,18 @@ def run_step(
     layer.operations.resolve(
         ids_TK, layer.residency.tables, layer.residency.work, evict=evict,
         dispatch=products.lists, log=layer.log(ids_TK if chosen_TK is None else chosen_TK),
-        slot_of_AE=layer.slot_of_AE if parts > 1 else None,
+        slot_of_AE=layer.slot_of_AE[: 1 + parts] if parts else None,
     )  # fmt: skip
     waves = wave_starts(layer, ids_TK.numel(), evict=evict)
-    beside = layer.beside if parts > 1 or len(waves) > 1 else IN_TURN
+    beside = layer.beside if parts or len(waves) > 1 else IN_TURN
     beside.fork()
-    loads = [_load(layer, beside, part, parts) for part in range(parts)]
+    loads = [_load(layer, beside, part, max(1, parts)) for part in range(max(1, parts))]
     halves = len(layer.halves)
     arriving = [_stage(layer, beside, waves, wave) for wave in range(min(halves, len(waves)))]
     look_ahead = (lambda: None) if ahead is None else (lambda: ahead(x_TH, ids_TK))
     if len(waves) <= halves:
         look_ahead()
-    _compute_slots(layer, beside, products, loads)
+    _compute_slots(layer, beside, products, loads, hits_first=parts > 0)
     for wave, first in enumerate(waves):
         beside.wait(arriving[wave])
         _compute_wave(layer, products, layer.halves[wave % halves], first)
@@ -83,9 +83,10 @@ def run_step(
 
 
 def num_parts(layer: OffloadedLayer, num_pairs: int) -> int:
-    """In how many parts a step's loads come."""
-    evicts = 0 < layer.residency.num_slots < layer.spec.num_experts
-    return PARTS if evicts and num_pairs > FEW_PAIRS else 1
+    """In how many parts a step's loads come while others compute; 0 where they come first."""
+    if not 0 < layer.residency.num_slots < layer.spec.num_experts:
+        return 0  # After the first steps nothing is missing, or nothing has a slot.
+    return MAX_PARTS if num_pairs > FEW_PAIRS else 1
 
 
 def wave_starts(layer: OffloadedLayer, num_pairs: int, *, evict: bool) -> range:
@@ -123,15 +124,20 @@ def _stage(layer: OffloadedLayer, beside: Beside, waves: range, wave: int) -> Ma
 
 
 def _compute_slots(
-    layer: OffloadedLayer, beside: Beside, products: Products, loads: list[Mark]
+    layer: OffloadedLayer,
+    beside: Beside,
+    products: Products,
+    loads: list[Mark],
+    *,
+    hits_first: bool,
 ) -> None:
     weights = layer.slots.weights
-    if len(loads) == 1:
+    if not hits_first:
         beside.wait(loads[0])
         products.compute(layer.residency.tables.slot_of_E, weights)
         return
     products.compute(layer.slot_of_AE[0], weights)
-    for slot_of_E, mark in zip(layer.slot_of_AE[1:], loads, strict=True):
+    for slot_of_E, mark in zip(layer.slot_of_AE[1:], loads, strict=False):
         beside.wait(mark)
         products.compute(slot_of_E, weights)
 

@@ -23,7 +23,7 @@ from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec
-from vllm_moe_offload.step import FEW_PAIRS, PARTS, num_parts, wave_starts
+from vllm_moe_offload.step import FEW_PAIRS, MAX_PARTS, num_parts, wave_starts
 
 E, H, I = 12, 8, 4  # noqa: E741
 
@@ -119,8 +119,8 @@ def test_late_copies_give_the_same_bits(slots, staging_rows, seed, tokens):
                 assert not late._queued, "a step ends with copies that nobody waits for"
         assert beside.stats() == in_turn.stats()
         beside.check_integrity()
-        if 0 < slots < E and max(tokens) * 3 > FEW_PAIRS:
-            assert late.made >= PARTS
+        if 0 < slots < E:
+            assert late.made > 0
 
 
 def test_what_is_at_hand_is_computed_before_anything_has_come(monkeypatch):
@@ -139,13 +139,19 @@ def test_what_is_at_hand_is_computed_before_anything_has_come(monkeypatch):
     late.made = 0
     engine.run(0, *inputs(9, 3, 2))
     work = layer.residency.work
-    assert [made for made, _ in order][: 1 + PARTS] == [0, 1, 2]
-    assert sum(count for _, count in order[1 : 1 + PARTS]) == int(work.num_loads)
+    assert [made for made, _ in order][: 1 + MAX_PARTS] == [0, 1, 2]
+    assert sum(count for _, count in order[1 : 1 + MAX_PARTS]) == int(work.num_loads)
 
 
 @pytest.mark.parametrize(
     ("slots", "pairs", "parts"),
-    [(6, FEW_PAIRS, 1), (6, FEW_PAIRS + 1, PARTS), (E, 99, 1), (0, 99, 1), (1, 99, PARTS)],
+    [
+        (6, FEW_PAIRS, 1),
+        (6, FEW_PAIRS + 1, MAX_PARTS),
+        (E, 99, 0),
+        (0, 99, 0),
+        (1, 99, MAX_PARTS),
+    ],
 )
 def test_when_loads_come_in_parts(slots, pairs, parts, monkeypatch):
     assert num_parts(build(slots, 2, monkeypatch)._layers[0], pairs) == parts
