@@ -1,10 +1,11 @@
-"""Keep torch.compile out of the engine on CPU.
+"""Keep torch.compile out of the engine on CPU, and padding out of an offloaded layer.
 
 Target: ``MoERunner._select_forward`` in vllm.model_executor.layers.fused_moe.runner.moe_runner.
 Versions: 0.32, 0.33.
-Why: on CPU vLLM calls the MoE forward as plain Python, and Dynamo would trace into the engine.
+Why: on CPU vLLM calls the MoE forward as plain Python, and Dynamo would trace into the engine. And
+    this is where a layer's experts and its router are first at hand together, see ``padding``.
 How: choose the opaque operator that vLLM uses on CUDA.
-Can go: when the CPU backend uses the operator too.
+Can go: when the CPU backend uses the operator too, and ``padding`` can go.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vllm_moe_offload.patches.padding import leave_out
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -27,5 +29,7 @@ def _select_forward(original: Callable[..., Any], self: Any) -> Any:
 
     if offload_layer.building_engine() is None:
         return original(self)
+    if offload_layer.is_offloaded(self.routed_experts.quant_method):
+        leave_out(self.router)
     operators = torch.ops.vllm
     return operators.moe_forward if self._shared_experts is None else operators.moe_forward_shared

@@ -54,6 +54,11 @@ def is_quantised(method: Any) -> bool:
     return not isinstance(method, UnquantizedFusedMoEMethod)
 
 
+def is_offloaded(method: Any) -> bool:
+    """Whether a layer's experts run through an engine."""
+    return isinstance(method, OffloadMixin)
+
+
 def offload(
     method: Any,
     engine: OffloadEngine,

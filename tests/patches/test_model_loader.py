@@ -17,6 +17,7 @@ from vllm_moe_offload.offloaded_layer import LayerSpec
 from vllm_moe_offload.patches import model_loader
 
 MIB = 1 << 20
+MODEL = torch.nn.Module()
 LAYOUT = ExpertLayout.pack(
     [("w13_weight", (512, 512), torch.float32), ("w2_weight", (512, 512), torch.float32)]
 )
@@ -39,7 +40,7 @@ def make_loader(num_layers: int = 2):
             for number in range(num_layers if self.built_with else 0):
                 spec = LayerSpec(f"layer {number}", 4, LAYOUT, Activation("silu"))
                 self.built_with.add_layer(spec)
-            return "model"
+            return MODEL
 
     model_loader.apply(SimpleNamespace(BaseModelLoader=Loader))
     return Loader()
@@ -59,13 +60,13 @@ def load(loader, options: dict | None, *, draft: bool = False):
 
 def test_without_the_plugin():
     loader = make_loader()
-    assert load(loader, None) == "model"
+    assert load(loader, None) is MODEL
     assert loader.built_with is None
 
 
 def test_planned_before_and_finished_after_loading():
     loader = make_loader()
-    assert load(loader, {"cache_fraction": 0.5}) == "model"
+    assert load(loader, {"cache_fraction": 0.5}) is MODEL
     assert loader.built_with is loader.engine
     assert loader.engine.budget.slots == (2, 2)
     assert not loader.ready
@@ -103,7 +104,7 @@ def test_no_layer_to_offload():
 
 def test_draft_model_without_experts_is_left_alone():
     loader = make_loader(num_layers=0)
-    assert load(loader, {}, draft=True) == "model"
+    assert load(loader, {}, draft=True) is MODEL
     assert loader.built_with.budget is None
     assert not loader.built_with._layers
 

@@ -134,6 +134,7 @@ def test_older_vllm_without_the_decomposed_backend(swap):
 def test_offloaded_layers_run_as_one_operator(shared):
     class MoERunner:
         _shared_experts = shared
+        routed_experts = SimpleNamespace(quant_method="method of vLLM")
 
         def _select_forward(self):
             return "forward of vLLM"
