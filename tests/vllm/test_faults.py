@@ -265,6 +265,24 @@ def test_sigint_under_load(start, place):
     assert_ends_cleanly(server, place, signal.SIGINT)
 
 
+def test_signals_while_loading(start, place):
+    def end(server, number):
+        server.wait_until(lambda: "Initializing model took" in server.log, 180)
+        server.process.send_signal(number)
+        return server.process.wait(GRACE_S)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    servers = [start(port=free_port()) for _ in numbers]
+    with ThreadPoolExecutor() as pool:
+        statuses = list(pool.map(end, servers, numbers))
+    assert 0 not in statuses, "they have never served"
+    for server in servers:
+        assert "Application startup" not in server.log
+        assert "/vllm_moe_offload/" not in server.log, server.log[-6000:]
+        assert_gone(server, place, 5)
+    assert not folders(place)
+
+
 def pid_of(server, name):
     (pid,) = [pid for pid, command in server.processes().items() if name in command]
     return pid
