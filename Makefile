@@ -1,9 +1,11 @@
 # Every target installs what it needs into .venv first.
 #   make demo MODEL=path    serve another checkpoint
+#   make demo FORMAT=fp8    store the small checkpoint's experts as fp8, w4a16 or mxfp4
 #   make PYTHON=python3.12  build .venv with another interpreter
 
 PYTHON ?= python3
 MODEL ?=
+FORMAT ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PYTHON
@@ -21,7 +23,7 @@ help: ## Show this list
 install: $(INSTALLED) ## Create .venv with vLLM (CUDA if nvidia-smi answers, else CPU) and this package
 
 demo: $(INSTALLED) ## Serve a small model with and without offloading, and compare the answers
-	@$(BIN)/vllm-moe-offload demo $(if $(MODEL),'$(MODEL)')
+	@$(BIN)/vllm-moe-offload demo $(if $(MODEL),'$(MODEL)') $(if $(FORMAT),--format '$(FORMAT)')
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest -q

@@ -195,12 +195,20 @@ def offloaded_step(engine: Any, tokens: int, *, confined: bool = False) -> dict[
 
 
 def resolve_time(engine: Any, tokens: int) -> float:
-    """Seconds a layer of resolve and of a gather that has nothing to do, all experts in slots."""
+    """Seconds a layer of resolve and of a gather that has nothing to do, all experts in slots.
+
+    An engine whose experts all have slots needs no policy, so the tables here are others, which
+    tell the policy what each step reads.
+    """
+    from vllm_moe_offload.eviction import AdaptiveEviction
     from vllm_moe_offload.kernels.dispatch import Dispatch
+    from vllm_moe_offload.residency import Residency
 
     ids = uniform(1, tokens)[0]
     part = engine._layers[0]
-    tables, work, do = part.residency.tables, part.residency.work, part.operations
+    order = AdaptiveEviction([EXPERTS], [EXPERTS], DEVICE, part.operations).order(0)
+    residency = Residency(EXPERTS, EXPERTS, DEVICE, order)
+    tables, work, do = residency.tables, residency.work, part.operations
     lists = None
     if do.sorts_pairs:
         lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)
@@ -212,6 +220,30 @@ def resolve_time(engine: Any, tokens: int) -> float:
                       work.load_slot_E, work.num_loads)  # fmt: skip
 
     return seconds(graphed(step).replay, 5) / 50
+
+
+def learn_time(num_layers: int) -> float:
+    """Seconds a step of what eviction learns from it, a quarter of the experts in slots."""
+    from vllm_moe_offload.eviction import AdaptiveEviction
+    from vllm_moe_offload.kernels.operations import operations_for
+    from vllm_moe_offload.kernels.resolve import Use
+
+    experts, slots = [EXPERTS] * num_layers, [EXPERTS // 4] * num_layers
+    eviction = AdaptiveEviction(experts, slots, DEVICE, operations_for(DEVICE))
+    use = Use.ACTIVE * (torch.rand(num_layers, EXPERTS, device=DEVICE) < TOP_K / EXPERTS)
+
+    def note() -> None:
+        for _ in range(50):
+            eviction.tables.use_LE.copy_(use)
+
+    def note_and_learn() -> None:
+        for _ in range(50):
+            eviction.tables.use_LE.copy_(use)
+            eviction.learn()
+
+    # Learning clears the notes, so that they are written anew each time, which is no part of it.
+    times = [seconds(graphed(run).replay, 5) for run in (note_and_learn, note)]
+    return (times[0] - times[1]) / 50
 
 
 def main() -> int:
@@ -247,7 +279,8 @@ def main() -> int:
             print(json.dumps(row), flush=True)
         if share == 1.0:
             result["resolve_gather_us"] = {t: resolve_time(engine, t) * 1e6 for t in (1, 8, 32)}
-            print(json.dumps(result["resolve_gather_us"]), flush=True)
+            result["learn_us"] = {count: learn_time(count) * 1e6 for count in (16, 48)}
+            print(json.dumps([result["resolve_gather_us"], result["learn_us"]]), flush=True)
         engine.check_integrity()
         engine.close()
         del engine

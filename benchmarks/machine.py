@@ -18,7 +18,7 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     return {
-        "command": " ".join(["python", *map(_without_folder, sys.argv)]),
+        "command": " ".join(["python", *map(without_folder, sys.argv)]),
         "commit": commit or _commit(),
         "machine": {
             "device": torch.cuda.get_device_name() if gpu else "CPU",
@@ -33,7 +33,7 @@ def provenance(commit: str | None = None) -> dict[str, Any]:
     }
 
 
-def _without_folder(argument: str) -> str:
+def without_folder(argument: str) -> str:
     """Leave out where things lie on the measuring machine."""
     return Path(argument).name if argument.startswith("/") else argument
 

@@ -100,9 +100,14 @@ def _figure(label: str) -> Any:
 
 
 def _saved(figure: Any, axes: Any, path: Path) -> Path:
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure and return its path."""
     import matplotlib
 
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     # The same rows give the same file: no date, no random names.
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, format=FORMAT, metadata={"Date": None})

@@ -81,16 +81,17 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['vllm']}, commit {result['commit']}. Pinned copies of 9 MiB: "
         f"{max(result['copy_gb_s'], default=0):.1f} GB/s.",
         "",
-        *(_markdown_table(target_table(result["targets"])) if result["targets"] else []),
+        *(markdown_table(target_table(result["targets"])) if result["targets"] else []),
         "",
-        *_markdown_table(row_table(result["rows"])),
+        *markdown_table(row_table(result["rows"])),
     ]
     if failed := failures(result["processes"]):
         lines += ["", "Failed: " + "; ".join(failed)]
     return "\n".join(lines)
 
 
-def _markdown_table(cells: Cells) -> list[str]:
+def markdown_table(cells: Cells) -> list[str]:
+    """A table as lines of Markdown."""
     head, *body = cells
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
 
@@ -98,15 +99,20 @@ def _markdown_table(cells: Cells) -> list[str]:
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=160)
     for cells in (row_table(result["rows"]), target_table(result["targets"])):
-        if len(cells) == 1:
-            continue
-        table = Table(*cells[0])
-        for row in cells[1:]:
-            table.add_row(*(cell.replace("**", "") for cell in row))
-        console.print(table)
+        if len(cells) > 1:
+            console.print(terminal_table(cells))
     for line in failures(result["processes"]):
         console.print("failed:", line)
+
+
+def terminal_table(cells: Cells) -> Any:
+    """A table for the terminal."""
+    from rich.table import Table
+
+    table = Table(*cells[0])
+    for row in cells[1:]:
+        table.add_row(*(cell.replace("**", "") for cell in row))
+    return table

@@ -61,9 +61,12 @@ class TraceReplay:
 
     Args:
         ids_NLK: expert ids of the trace.
+        spread: whether each sequence of a batch follows a stretch of its own; else a step takes
+            tokens that follow each other.
     """
 
-    def __init__(self, ids_NLK: Tensor) -> None:
+    def __init__(self, ids_NLK: Tensor, *, spread: bool = False) -> None:
+        self._spread = spread
         self._ids_LNK = ids_NLK.transpose(0, 1).contiguous()
         self._position: Tensor | None = None
         self._step_tokens = 0
@@ -96,12 +99,13 @@ class TraceReplay:
             with torch.inference_mode(False):
                 self._ids_LNK = self._ids_LNK.to(device, indices_type or torch.int32)
         # Every step asks for all layers in order, also while a graph is captured.
-        place = (self._position + torch.arange(tokens, device=device)) % length
+        stride = max(1, length // tokens) if self._spread else 1
+        place = (self._position + stride * torch.arange(tokens, device=device)) % length
         ids_TK = self._ids_LNK[self._layer].index_select(0, place)
         self._layer += 1
         if self._layer == layers:
             self._layer = 0
-            self._position += tokens
+            self._position += 1 if self._spread else tokens
         return _equal_weights(ids_TK), ids_TK
 
 

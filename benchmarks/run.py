@@ -7,7 +7,9 @@
 ``engine``: a model of Qwen3-30B-A3B's shape with dummy weights and uniform routing, by vLLM with
 its default compilation and CUDA graphs, against the table of targets. ``growth``: how time grows
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
-``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit. Every
+``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit.
+``prediction``: policies and predictors on replayed routing, against stock vLLM. ``quant``:
+quantised experts beside stock vLLM's backends; ``--only`` names its shapes. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
 share their processes. The file is written after each process; ``--only`` measures some of them
@@ -28,11 +30,15 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import plots
+import prediction
 import report
 from jobs import Memory, run_all
 from requirements import same_hits, set_beside_bounds, verdicts
 from shapes import SHAPES
 from suites import SUITES, TRACE_SHARES, chunk_of, profiled, trace, united
+
+OF_TRACES = ("trace", "prediction")
+"""Suites that replay a trace."""
 
 DEFAULT_SHAPES = {"trace": "deepseek-v2-lite"}
 
@@ -46,6 +52,8 @@ def main() -> int:
     if args.plot:
         print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
         return 0
+    if args.suite == ["quant"]:
+        return quantised(args)
     jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
@@ -63,9 +71,24 @@ def main() -> int:
     return 1 if failed or report.failures(result["processes"]) else 0
 
 
+def quantised(args: argparse.Namespace) -> int:
+    """Measure the suite of quantised experts, which has shapes and judges of its own."""
+    import quant
+    from machine import provenance
+
+    names = args.only or quant.real_shapes()
+    result = quant.measure(args.out, names, args.option, provenance(args.commit))
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Jobs of a suite, on the shape that was asked for or on the suite's own."""
     shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
+    if suite == "prediction":
+        shape = args.shape or prediction.shape_of(args.trace)
+        return prediction.prediction(shape, args.option, str(args.trace.resolve()))
     if suite == "trace":
         return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
     return SUITES[suite](shape, args.option)
@@ -74,7 +97,9 @@ def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "trace"], default=["engine"])
+    parser.add_argument(
+        "--suite", nargs="+", choices=[*SUITES, *OF_TRACES, "quant"], default=["engine"]
+    )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
     parser.add_argument("--commit", help="revision, where the tree has no repository")
@@ -96,12 +121,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="options of the plugin in every configuration",
     )
-    parser.add_argument("--trace", type=Path, help="file that the suite trace replays")
+    parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
-    if "trace" in args.suite and not (args.trace or args.render or args.plot):
-        parser.error("the suite trace needs --trace")
+    if "quant" in args.suite and args.suite != ["quant"]:
+        parser.error("the suite quant runs alone")
+    needing = [suite for suite in args.suite if suite in OF_TRACES]
+    if needing and not (args.trace or args.render or args.plot):
+        parser.error(f"the suite {needing[0]} needs --trace")
     if not (args.out or args.render or args.plot or args.list):
         parser.error("--out is needed to measure")
     return args
@@ -151,6 +179,8 @@ def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[
     if "engine" in args.suite:
         shape = args.shape or "qwen3-30b-a3b-16"
         found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
+    if "prediction" in args.suite:
+        found += prediction.verdicts(rows)
     if "trace" in args.suite:
         found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
     return found
@@ -169,7 +199,7 @@ def simulated_hits(path: Path, tokens: int) -> dict[float, int]:
         sequence_starts=np.minimum(whole.sequence_starts, min(tokens, whole.num_tokens)),
         is_decode=None,
     )
-    found = replay(beginning, "lru", TRACE_SHARES)
+    found = replay(beginning, "default", TRACE_SHARES)
     return {share: int(hits) for share, hits in zip(TRACE_SHARES, found.hits_C, strict=True)}
 
 

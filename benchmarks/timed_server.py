@@ -168,7 +168,11 @@ def _moved(before: Any, after: Any, steps: int) -> dict[str, float]:
     if before is None or after is None:
         return {}
     active = after["active"] - before["active"]
+    ahead = after.get("prefetch_hits", 0) - before.get("prefetch_hits", 0)
+    late = after["misses"] - before["misses"]
     return {
+        # Of the experts that had to be moved, those that were there in time.
+        "ahead_ratio": ahead / max(1, ahead + late),
         "bytes": (after["bytes_moved"] - before["bytes_moved"]) / steps,
         "hit_ratio": (after["hits"] - before["hits"]) / max(1, active),
     }
@@ -353,8 +357,25 @@ def replay_trace(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     server.offload_engine().check_integrity()
 
 
+def time_replay(job: dict[str, Any], folder: Path, talk: Talk) -> None:
+    """Time decode steps that are routed as a trace says, each sequence along its own stretch."""
+    import torch
+
+    from vllm_moe_offload.trace import load
+
+    ids_NLK = load(job["trace"]).expert_ids
+    routing.register(routing.TraceReplay(torch.from_numpy(ids_NLK.astype("int32")), spread=True))
+    fill_dummies_quickly()
+    server = Server(folder, SHAPES[job["shape"]], job)
+    talk.wait_for_turn()
+    for plan in job["measurements"]:
+        talk.note(server.decode(plan["batch"], plan["steps"], plan["warm_up"]))
+    if job["server"] == "plugin":
+        server.offload_engine().check_integrity()
+
+
 def empty_slots(engine: Any) -> None:
-    """Make an engine forget who is resident and what it counted."""
+    """Make an engine forget who is resident, what it counted and what eviction has learned."""
     for layer in range(len(engine.specs)):
         residency = engine.residency(layer)
         fresh = type(residency.tables).empty(
@@ -363,6 +384,7 @@ def empty_slots(engine: Any) -> None:
         for name, tensor in vars(residency.tables).items():
             if hasattr(tensor, "copy_"):
                 tensor.copy_(getattr(fresh, name))
+    engine.forget_routing()
     engine.reset_stats()
 
 
@@ -370,6 +392,7 @@ KINDS = {
     "server": time_server,
     "resolve": time_resolve,
     "trace": replay_trace,
+    "replay": time_replay,
     "profile": profile_server,
 }
 

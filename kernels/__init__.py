@@ -1,4 +1,4 @@
-"""The device work of one MoE layer: resolve, gather, expert MLP, combine.
+"""The device work of one MoE layer: resolve, gather, expert MLP, combine; and of a step: learn.
 
 Each module holds a function in plain torch with the suffix ``_torch``. That form is the
 specification of the operation and runs wherever torch runs. The function of the same name

@@ -19,20 +19,34 @@ from vllm_moe_offload.kernels._dispatch_triton import (
 
 
 @triton.jit
+def oldest_first(
+    free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2: tl.constexpr, S2: tl.constexpr
+):
+    """Sort the free slots, the one to be given away first in front; ``rank`` is None for LRU."""
+    # One key orders by age, then slot: the factors are powers of two, so the slot is its lowest
+    # bits, below an age of -1 too.
+    if rank is None:
+        # By stamp, then expert: 42 bits are left for the stamp.
+        age_S = stamp_S * (2 * E2) + (expert_S + 1)
+    else:
+        rank_of_S = rank + tl.load(rank_row) * rank_stride + expert_S
+        age_S = tl.load(rank_of_S, mask=free_S & (expert_S >= 0), other=-1).to(tl.int64)
+    key_S = tl.where(free_S, age_S * S2 + tl.arange(0, S2), 0x7FFFFFFFFFFFFFFF)
+    return (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+
+
+@triton.jit
 def replace(
     missing_E, num_missing, free_S, expert_S, stamp_S, now,
     slot_of_E, expert_of_S, stamp_of_S,
     load_expert, load_slot, stream_expert,
+    rank, rank_stride, rank_row,
     E2: tl.constexpr, S2: tl.constexpr,
 ):  # fmt: skip
     """Give the missing experts the free slots, oldest first; return how many got one."""
-    expert, slot = tl.arange(0, E2), tl.arange(0, S2)
+    expert = tl.arange(0, E2)
     num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
-    # One key orders by stamp, then expert, then slot: the factors are powers of two, so the slot
-    # is its lowest bits, below a stamp of -1 too. 42 bits are left for the stamp.
-    age_S = stamp_S * (2 * E2) + (expert_S + 1)
-    key_S = tl.where(free_S, age_S * S2 + slot, 0x7FFFFFFFFFFFFFFF)
-    victims = (tl.sort(key_S) & (S2 - 1)).to(tl.int32)
+    victims = oldest_first(free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2, S2)
 
     rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
     loaded_E = missing_E & (rank_E < num_loads)
@@ -54,12 +68,17 @@ def resolve_kernel(
     ids, num_ids,
     slot_of_E, expert_of_S, stamp_of_S, clock, S,
     load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
+    rank, rank_stride, rank_row, use,
     sorted_pair, expert_of_block, num_blocks,
     chosen, log, num_logged,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
     COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """See ``resolve``; ``sorted_pair`` and ``log`` are None where that part is not wanted."""
+    """See ``resolve``.
+
+    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair`` and ``log``
+    where that part is not wanted.
+    """
     expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
     expert_S = tl.load(expert_of_S + slot, mask=slot < S, other=-1)
@@ -79,6 +98,10 @@ def resolve_kernel(
     num_hits = tl.sum(hit_E.to(tl.int32), 0)
     num_missing = tl.sum(missing_E.to(tl.int32), 0)
     tl.store(stamp_of_S + slot_E, tl.zeros_like(slot_E).to(tl.int64) + now, mask=hit_E)
+    if use is not None:
+        # The bits of Use: active, resident.
+        use_E = active_E.to(tl.int32) + 2 * (slot_E >= 0).to(tl.int32)
+        tl.store(use + expert, use_E.to(tl.int8), mask=expert < E)
 
     num_loads = 0
     # All experts resident is the common case of a good cache, and sorting is the dear part.
@@ -90,7 +113,8 @@ def resolve_kernel(
             free_S = expert_S == -1
         num_loads = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
-            slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert, E2, S2,
+            slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert,
+            rank, rank_stride, rank_row, E2, S2,
         )  # fmt: skip
     num_streams = num_missing - num_loads
     tl.store(num_loads_ptr, num_loads)

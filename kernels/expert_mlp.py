@@ -34,6 +34,16 @@ class ExpertWeights:
     b13_SN: Tensor | None = None
     b2_SH: Tensor | None = None
 
+    @property
+    def hidden(self) -> int:
+        """Size of the result."""
+        return self.w2_SHI.shape[1]
+
+    def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> "TileConfig":
+        """Tiles for a layer's experts and a step's pairs, see ``tile_config``."""
+        _, columns, hidden = self.w13_SNH.shape
+        return tile_config(num_experts, columns, hidden, num_pairs, dtype)
+
 
 @dataclass(frozen=True)
 class TileConfig:

@@ -6,23 +6,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vllm_moe_offload.kernels import expert_mlp, gather, resolve
+from vllm_moe_offload.kernels import (
+    expert_mlp,
+    gather,
+    learn,
+    predict,
+    prefetch,
+    quantised_mlp,
+    resolve,
+)
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
+from vllm_moe_offload.kernels.formats import ExpertFormat
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one layer's step, with the contracts of their torch forms."""
+    """The operations of a step, with the contracts of their torch forms."""
 
     resolve: Callable[..., None]
     wave_map: Callable[..., None]
     gather: Callable[..., None]
     expert_mlp: Callable[..., None]
+    quantised_mlp: Callable[..., None]
     combine: Callable[..., None]
+    learn: Callable[..., None]
+    look_ahead: Callable[..., None]
+    learn_transitions: Callable[..., None]
     sorts_pairs: bool
     """Whether the products want their pairs sorted by expert, which resolve then does."""
+
+    def products(
+        self, form: ExpertFormat | None, x_TH: Tensor
+    ) -> tuple[Callable[..., None], dict[str, Any]]:
+        """The products of a format, and what they want prepared once a step."""
+        if form is None:
+            return self.expert_mlp, {}
+        inputs = {"inputs": quantised_mlp.quantise_inputs(x_TH, form)} if self.sorts_pairs else {}
+        return self.quantised_mlp, inputs
 
     def sorted_for(self, tiles: TileConfig | None, lists: Dispatch | None) -> dict[str, Any]:
         """Arguments that hand a step's sorted pairs to ``expert_mlp``."""
@@ -34,7 +57,11 @@ TORCH = Operations(
     wave_map=resolve.wave_map_torch,
     gather=gather.gather_torch,
     expert_mlp=expert_mlp.expert_mlp_torch,
+    quantised_mlp=quantised_mlp.quantised_mlp_torch,
     combine=expert_mlp.combine_torch,
+    learn=learn.learn_torch,
+    look_ahead=prefetch.look_ahead_torch,
+    learn_transitions=predict.learn_transitions_torch,
     sorts_pairs=False,
 )
 
@@ -43,7 +70,11 @@ TRITON = Operations(
     wave_map=resolve.wave_map,
     gather=gather.gather,
     expert_mlp=expert_mlp.expert_mlp,
+    quantised_mlp=quantised_mlp.quantised_mlp,
     combine=expert_mlp.combine,
+    learn=learn.learn,
+    look_ahead=prefetch.look_ahead,
+    learn_transitions=predict.learn_transitions,
     sorts_pairs=True,
 )
 

@@ -4,7 +4,7 @@ Legend: T tokens, K choices a token, E local experts, S slots, R rows of one sta
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import torch
 import triton
@@ -45,7 +45,44 @@ class Counter(IntEnum):
     LOADS = 2
     STREAMS = 3
     SURPLUS = 4
-    """Moved by a sweep though nobody asked for them; resolve leaves it alone."""
+    """Moved by a sweep though nobody asked for them; resolve leaves it and those below alone."""
+    PREFETCHED = 5
+    """Brought into a slot ahead of the step."""
+    PREFETCH_HITS = 6
+    """Those of them that the step then read."""
+    GUESSED = 7
+    """Predicted for steps that had a prediction."""
+    FOUND = 8
+    """Those of them that the step then read."""
+    FORESEEABLE = 9
+    """Active experts of steps that had a prediction."""
+
+
+class Use(IntFlag):
+    """What resolve notes about an expert, see ``EvictionOrder``."""
+
+    ACTIVE = 1
+    """The step reads it."""
+    RESIDENT = 2
+    """It had a slot before the step."""
+
+
+@dataclass(frozen=True)
+class EvictionOrder:
+    """One layer's share of the tables of a policy other than LRU.
+
+    The resident of the lowest rank goes first: ``rank_RE`` (int32, from 0 up, no two of a row the
+    same) holds several orders, of which row ``row`` (int32, one element) counts. Resolve only
+    reads them. It writes ``use_E`` (int8, ``Use``) in steps that may evict. ``slot_of_E`` (int32)
+    is the layer's table of slots, kept with the policy so that it sees all layers at once;
+    ``num_slots`` (int32, one element) says how many of them are open.
+    """
+
+    rank_RE: Tensor
+    row: Tensor
+    use_E: Tensor
+    slot_of_E: Tensor
+    num_slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,22 +91,35 @@ class ResidencyTables:
 
     ``slot_of_E`` and ``expert_of_S`` (int32) are inverse to each other. ``stamp_S`` (int64)
     holds the clock value at which a slot was last read, ``clock`` (int64, one element) counts
-    the layer's steps; 64 bits outlast any server.
+    the layer's steps; 64 bits outlast any server. Without an ``order`` the least recently used
+    resident goes first.
     """
 
     slot_of_E: Tensor
     expert_of_S: Tensor
     stamp_S: Tensor
     clock: Tensor
+    order: EvictionOrder | None = None
 
     @classmethod
-    def empty(cls, num_experts: int, num_slots: int, device: torch.device) -> "ResidencyTables":
+    def empty(
+        cls,
+        num_experts: int,
+        num_slots: int,
+        device: torch.device,
+        order: EvictionOrder | None = None,
+    ) -> "ResidencyTables":
         """Tables of a layer in which no expert is resident."""
+        if order is None:
+            slot_of_E = torch.full((num_experts,), NOWHERE, dtype=torch.int32, device=device)
+        else:
+            slot_of_E = order.slot_of_E.fill_(NOWHERE)
         return cls(
-            slot_of_E=torch.full((num_experts,), NOWHERE, dtype=torch.int32, device=device),
+            slot_of_E=slot_of_E,
             expert_of_S=torch.full((num_slots,), NOWHERE, dtype=torch.int32, device=device),
             stamp_S=torch.full((num_slots,), NEVER, dtype=torch.int64, device=device),
             clock=torch.zeros(1, dtype=torch.int64, device=device),
+            order=order,
         )
 
 
@@ -142,12 +192,12 @@ def resolve_torch(
 ) -> None:
     """Find the active experts' slots, give the missing ones new slots, list what to move.
 
-    Least recently used replacement. A resident active expert is a hit and its slot is stamped
-    with the clock. Missing experts, in ascending order, take the slots that this step does not
-    read, oldest stamp first and the lower expert first among equals, so that who stays does not
-    depend on where it sits; empty slots are the oldest of all. Those left over are listed as
-    streams. With ``evict`` false only empty slots are given away, so that a sweep over many
-    tokens leaves the residents alone.
+    A resident active expert is a hit and its slot is stamped with the clock. Missing experts, in
+    ascending order, take the slots that this step does not read: empty ones first, then by the
+    policy's order if the tables have one, else the oldest stamp first and the lower expert first
+    among equals, so that who stays does not depend on where it sits. Those left over are listed
+    as streams. With ``evict`` false only empty slots are given away, so that a sweep over many
+    tokens leaves the residents alone, and the policy is told nothing.
 
     Args:
         ids_TK: routed local expert ids, any integer type; negative ids are inactive and cost
@@ -163,15 +213,18 @@ def resolve_torch(
     active_E[ids[ids >= 0].long()] = True
     hit_E = active_E & (tables.slot_of_E >= 0)
     tables.stamp_S[tables.slot_of_E[hit_E].long()] = tables.clock
+    if tables.order is not None and evict:
+        resident_E = tables.slot_of_E >= 0
+        tables.order.use_E.copy_(Use.ACTIVE * active_E + Use.RESIDENT * resident_E)
 
     missing = torch.nonzero(active_E & ~hit_E).flatten()
-    slots = _replaceable_slots(tables, evict=evict)
+    slots = replaceable_slots(tables, evict=evict)
     num_loads = min(missing.numel(), slots.numel())
-    _assign(tables, missing[:num_loads], slots[:num_loads])
+    assign(tables, missing[:num_loads], slots[:num_loads])
 
-    _write(work.load_expert_E, work.num_loads, missing[:num_loads])
-    _write(work.load_slot_E, work.num_loads, slots[:num_loads])
-    _write(work.stream_expert_E, work.num_streams, missing[num_loads:])
+    write_entries(work.load_expert_E, work.num_loads, missing[:num_loads])
+    write_entries(work.load_slot_E, work.num_loads, slots[:num_loads])
+    write_entries(work.stream_expert_E, work.num_streams, missing[num_loads:])
     work.counters[Counter.ACTIVE] += active_E.sum()
     work.counters[Counter.HITS] += hit_E.sum()
     work.counters[Counter.LOADS] += num_loads
@@ -183,15 +236,22 @@ def resolve_torch(
         log_torch(log)
 
 
-def _replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
+def replaceable_slots(tables: ResidencyTables, *, evict: bool) -> Tensor:
     """Slots that may be overwritten in this step, best victim first."""
+    is_empty = tables.expert_of_S == NOWHERE
+    if tables.order is None:
+        age = tables.stamp_S
+    else:
+        rank_E = tables.order.rank_RE[tables.order.row.long()].flatten()
+        age = torch.where(is_empty, NOWHERE, rank_E[tables.expert_of_S.clamp(min=0).long()])
     by_expert = torch.argsort(tables.expert_of_S, stable=True)
-    by_age = by_expert[torch.argsort(tables.stamp_S[by_expert], stable=True)]
-    free = tables.stamp_S < tables.clock if evict else tables.expert_of_S == NOWHERE
+    by_age = by_expert[torch.argsort(age[by_expert], stable=True)]
+    free = tables.stamp_S < tables.clock if evict else is_empty
     return by_age[free[by_age]]
 
 
-def _assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
+def assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
+    """Give slots to experts that have none, as if they had been read now."""
     evicted = tables.expert_of_S[slots]
     tables.slot_of_E[evicted[evicted >= 0].long()] = NOWHERE
     tables.slot_of_E[experts] = slots.int()
@@ -199,7 +259,8 @@ def _assign(tables: ResidencyTables, experts: Tensor, slots: Tensor) -> None:
     tables.stamp_S[slots] = tables.clock
 
 
-def _write(entries: Tensor, length: Tensor, values: Tensor) -> None:
+def write_entries(entries: Tensor, length: Tensor, values: Tensor) -> None:
+    """Write a list of a work list and its length."""
     entries[: values.numel()] = values.int()
     length.fill_(values.numel())
 
@@ -222,6 +283,7 @@ def resolve(
     assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, at most {MAX_EXPERTS}"
     assert num_slots <= MAX_SLOTS, f"{num_slots} slots, at most {MAX_SLOTS}"
     fused = dispatch if num_pairs <= FUSED_PAIRS else None
+    order = tables.order if evict else None
     count_chunk = min(COUNT_CHUNK, max(128, triton.next_power_of_2(num_pairs)))
     rank_chunk = min(RANK_CHUNK, max(16, triton.next_power_of_2(num_pairs)))
     resolve_kernel[(1,)](
@@ -229,6 +291,8 @@ def resolve(
         tables.slot_of_E, tables.expert_of_S, tables.stamp_S, tables.clock, num_slots,
         work.load_expert_E, work.load_slot_E, work.num_loads,
         work.stream_expert_E, work.num_streams, work.counters,
+        order and order.rank_RE, order and order.rank_RE.stride(0), order and order.row,
+        order and order.use_E,
         fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
         log and log.chosen_TK.reshape(-1), log and log.log_TK, log.num_pairs if log else 0,
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),

@@ -10,6 +10,7 @@ Can go: when vLLM has hooks around building and loading a model.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,9 @@ from vllm_moe_offload import fill
 from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine, describe
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.graph_ends import spans_layers
 from vllm_moe_offload.patches.recording import tokens_to_log
+from vllm_moe_offload.patches.routers import find_routers
 from vllm_moe_offload.patches.worker import engines_of_loading_worker
 from vllm_moe_offload.patches.wrapping import wrap
 
@@ -48,6 +51,8 @@ def _load_model(
         config,
         torch.device(device),
         workers_on_host=vllm_config.parallel_config.local_world_size,
+        spans_layers=spans_layers,
+        say=partial(logger.info, "moe-offload: %s"),
         log_tokens=tokens_to_log(vllm_config, model_config, config),
     )
     with building(engine):
@@ -77,9 +82,11 @@ def _create_model(
             "fused-MoE layer is among them",
             "Choose other layers, or drop --plugin moe-offload for this architecture",
         )
+    engine.routers = find_routers(model, engine.specs)
     engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
-    for segment in engine.pool.segments:
-        fill.mark(segment.views())
+    if vllm_config.load_config.load_format != "dummy":  # it leaves integers as they are
+        for spec, segment in zip(engine.specs, engine.pool.segments, strict=True):
+            fill.mark(segment.filled_views(), spec.transposed)
     logger.info("%s", describe(engine))
     return model

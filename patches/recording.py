@@ -10,7 +10,7 @@ How: called between steps by the patch of the worker; copies nothing but a few n
 Can go: when vLLM tells a plugin the rows of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,9 @@ class Recording:
                 "moe-offload: the %d hottest experts of %s are in slots",
                 filled, self._warm_start.path,
             )  # fmt: skip
+        learners = self._warm_predictor(sections)
         if self._recorder:
-            self._recorder.start(hot_set, sections)
+            self._recorder.start(hot_set, sections, learners)
 
     def note(self, runner: Any, scheduler_output: Any, output: Any) -> None:
         """Record the step that the runner has just queued. Never raises."""
@@ -126,6 +127,20 @@ class Recording:
             logger.warning("%s The slots start empty.", error)
             return {}
         return dict(sections)
+
+    def _warm_predictor(self, sections: dict[str, Section]) -> dict[str, Callable[[], Section]]:
+        """Give the predictor what it has learned before; returns how to ask it for it again."""
+        predictor = self._engine.predictor
+        if predictor is None:
+            return {}
+        name = f"predictor_{self._engine.config.predictor}"
+        try:
+            if name in sections:
+                predictor.from_arrays(sections[name])
+        except OffloadError as error:
+            self._warm_start.refuse()
+            logger.warning("%s The predictor starts empty.", error)
+        return {name: predictor.to_arrays} if predictor.to_arrays() else {}
 
 
 class RequestTable:

@@ -8,14 +8,17 @@ How: ask for a backend with one weight tensor an expert and routing outside, cal
 Can go: when vLLM lets a plugin provide expert weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from vllm_moe_offload.config import KEY
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.own_products import own_products
 from vllm_moe_offload.patches.tuned_tiles import tuned_tiles
 from vllm_moe_offload.patches.wrapping import wrap
+from vllm_moe_offload.schemes import refusal
 
 
 def apply(module: ModuleType) -> None:
@@ -34,14 +37,37 @@ def _get_quant_method(
         _refuse_foreign_loader()
     if engine is None or not engine.config.includes(_decoder_layer(prefix)):
         return original(self, prefix, quant_config, moe_config)
-    if moe_config.device.type == "cuda":
-        moe_config.moe_backend = "triton"
     if hasattr(moe_config, "require_decomposed_backend"):
         moe_config.require_decomposed_backend = True
-    method = original(self, prefix, quant_config, moe_config)
-    quantization = quant_config.get_name() if quant_config is not None else "none"
-    offload_layer.offload(method, engine, prefix, quantization, tuned_tiles(moe_config))
+    on_gpu = moe_config.device.type == "cuda"
+    if quant_config is None and on_gpu:
+        moe_config.moe_backend = "triton"
+    with own_products(quant_config), _refusing(prefix, quant_config):
+        method = original(self, prefix, quant_config, moe_config)
+    if offload_layer.is_quantised(method):
+        offload_layer.offload_quantised(method, engine, prefix)
+        return method
+    if quant_config is not None and on_gpu:
+        # Its experts are not quantised. The backend for these means another one to quantised ones.
+        moe_config.moe_backend = "triton"
+        method = original(self, prefix, quant_config, moe_config)
+    offload_layer.offload(method, engine, prefix, tuned_tiles(moe_config))
     return method
+
+
+@contextmanager
+def _refusing(prefix: str, quant_config: Any) -> Iterator[None]:
+    """Add to vLLM's refusal of a quantised layer what works.
+
+    Raises:
+        OffloadError: instead of vLLM's error.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        if quant_config is None or isinstance(error, OffloadError):
+            raise
+        raise refusal(quant_config.get_name(), prefix, f"vLLM refuses it ({error})") from error
 
 
 def _refuse_foreign_loader() -> None:

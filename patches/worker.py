@@ -4,8 +4,8 @@ Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics and recording start after warm-up and go on beside the steps, of which
-    they are only told.
+    sleep raise; statistics, recording and what eviction learns start after warm-up and go on
+    beside the steps, of which they are only told.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -68,11 +68,13 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Start the statistics anew and begin to record once the worker has warmed up."""
+    """Forget what the worker's warm-up has done, and begin to record."""
     result = original(self, *args, **kwargs)
+    engines = _engines(self)
+    for engine in engines:
+        engine.forget_routing()
     if recording := _recording(self):
         recording.start()
-    engines = _engines(self)
     for engine in engines:
         engine.reset_stats()
     if engines and self.moe_offload_reporter is None:
@@ -108,7 +110,7 @@ def _execute_model(
         return original(self, scheduler_output, *args, **kwargs)
     tokens = self.moe_offload_lookahead.tokens_outside_graphs(scheduler_output)
     for engine in engines:
-        engine.step_begins(tokens)
+        engine.step_begins(tokens, scheduler_output.total_num_scheduled_tokens)
     result = original(self, scheduler_output, *args, **kwargs)
     if recording := _recording(self):
         recording.note(self.model_runner, scheduler_output, result)
@@ -130,7 +132,7 @@ def _stats(self: Any) -> dict[str, Any] | None:
     return {
         **reduce(add, totals).as_dict(),
         "policies": engines[0].policies,
-        "by_layer": [asdict(layer) for layer in labelled(counts)],
+        "by_layer": [{**asdict(layer), "coverage": layer.coverage} for layer in labelled(counts)],
     }
 
 

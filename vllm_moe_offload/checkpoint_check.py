@@ -42,3 +42,12 @@ def tensor_names(folder: Path) -> list[str]:
         with safe_open(file, framework="numpy") as tensors:
             names.extend(tensors.keys())
     return names
+
+
+def file_of(folder: Path, name: str) -> str | None:
+    """Name of the file that holds a tensor, None if it is not known."""
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, framework="numpy") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                return file.name
+    return None

@@ -246,8 +246,17 @@ user system assistant def return import class for while if else True False None 
 """
 
 
-def _tokenizer() -> Any:
-    """Train a byte-level BPE tokenizer of exactly `VOCAB_SIZE` tokens on the text above."""
+def save_tokenizer(path: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Write the tokenizer of these checkpoints into the folder `path`.
+
+    Beyond `VOCAB_SIZE`, token n is the word `w<n>`, which no text is encoded to: every id that a
+    random model of a large vocabulary generates has a text of its own.
+    """
+    _tokenizer(vocab_size).save_pretrained(path)
+
+
+def _tokenizer(vocab_size: int = VOCAB_SIZE) -> Any:
+    """Train a byte-level BPE tokenizer of `VOCAB_SIZE` tokens on the text above, and pad it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -261,6 +270,10 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(_CORPUS.strip().splitlines(), trainer)
+    trained = json.loads(bpe.to_str())
+    # "\u0120" is how byte-level BPE writes a space.
+    trained["model"]["vocab"] |= {f"\u0120w{n}": n for n in range(VOCAB_SIZE, vocab_size)}
+    bpe = Tokenizer.from_str(json.dumps(trained))
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

@@ -40,6 +40,11 @@ def _add_demo(commands: Any) -> None:
         help="checkpoint folder or name on the hub; default: a small random one, made here",
     )
     parser.add_argument("--dtype", help="data type of weights and computation, as of vllm serve")
+    parser.add_argument(
+        "--format",
+        choices=("fp8", "w4a16", "mxfp4"),
+        help="store the experts of the small random checkpoint in this format",
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -47,7 +52,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     # Each subcommand is imported when it is used, so that the others stay quick.
     from vllm_moe_offload import demo
 
-    return demo.run(arguments.model, arguments.dtype)
+    return demo.run(arguments.model, arguments.dtype, arguments.format)
 
 
 if __name__ == "__main__":

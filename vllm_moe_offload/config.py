@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_moe_offload.errors import OffloadError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 KEY = "moe_offload"
 """Where the options travel inside vLLM's ``additional_config``."""
@@ -17,6 +17,7 @@ KEY = "moe_offload"
 Auto = Literal["auto"]
 PositiveGiB = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 PositiveMiB = Annotated[float, Field(gt=0, le=100_000_000, allow_inf_nan=False)]
+NoOrPositiveMiB = Annotated[float, Field(ge=0, le=100_000_000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
 Interval = Annotated[float, Field(ge=0.1, le=86_400 * 365, allow_inf_nan=False)]
@@ -25,6 +26,9 @@ _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
     "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
+    "predictor": "Give none, gate, markov or eam",
+    "prefetch_mb": "Give a number of MiB, 0 to only count what a predictor finds, or auto",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds, 0 to write no statistics",
     "trace_path": "Give a directory that vLLM may write to, or leave it out to record nothing",
@@ -51,6 +55,21 @@ class MoeOffloadConfig(BaseModel):
         default="auto",
         description="GPU memory in MiB through which experts without a slot pass; auto sizes "
         "it by the model.",
+    )
+    policy: Literal["adaptive", "lru"] = Field(
+        default="adaptive",
+        description="Which experts leave their slots first: the least recently used (lru), or "
+        "what learns from every step and falls back to lru (adaptive).",
+    )
+    predictor: Literal["none", "gate", "markov", "eam"] = Field(
+        default="none",
+        description="What guesses the experts of the next layer, to fetch them while this one is "
+        "computed: its router (gate), transition counts (markov), similar sequences (eam).",
+    )
+    prefetch_mb: NoOrPositiveMiB | Auto = Field(
+        default="auto",
+        description="MiB that a layer may fetch ahead; auto measures what computation hides, and "
+        "switches prefetch off where it does not pay.",
     )
     layers: str = Field(
         default="all",
@@ -79,8 +98,8 @@ class MoeOffloadConfig(BaseModel):
     )
 
     @field_validator(
-        "gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s", "trace_file_mb",
-        "trace_interval_s", mode="before",
+        "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s",
+        "trace_file_mb", "trace_interval_s", mode="before",
     )  # fmt: skip
     @classmethod
     def _no_flag(cls, value: object) -> object:
@@ -117,6 +136,17 @@ class MoeOffloadConfig(BaseModel):
                 self.cache_fraction,
                 f"gpu_gb = {self.gpu_gb} already sets the size of the slots",
                 "Give one of the two",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefetch_needs_a_predictor(self) -> Self:
+        if self.predictor == "none" and self.prefetch_mb != "auto":
+            raise OffloadError(
+                "prefetch_mb",
+                self.prefetch_mb,
+                "nothing is fetched ahead without a predictor",
+                "Give predictor as well, or drop this option",
             )
         return self
 

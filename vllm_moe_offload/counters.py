@@ -107,4 +107,9 @@ def _counts(layer: OffloadedLayer, values: list[int], resident: int) -> LayerCou
         loads=values[Counter.LOADS],
         streams=values[Counter.STREAMS],
         surplus=values[Counter.SURPLUS],
+        prefetched=values[Counter.PREFETCHED],
+        prefetch_hits=values[Counter.PREFETCH_HITS],
+        guessed=values[Counter.GUESSED],
+        found=values[Counter.FOUND],
+        foreseeable=values[Counter.FORESEEABLE],
     )

@@ -21,6 +21,16 @@ class LayerCounts:
     """Asked for, but without a slot: they passed through staging in waves."""
     surplus: int
     """Moved by a sweep though nobody asked for them."""
+    prefetched: int = 0
+    """Brought into a slot ahead of a step."""
+    prefetch_hits: int = 0
+    """Those of them that the step then read."""
+    guessed: int = 0
+    """Predicted for steps that had a prediction."""
+    found: int = 0
+    """Those of them that the step then read."""
+    foreseeable: int = 0
+    """Active experts of steps that had a prediction."""
 
     @property
     def misses(self) -> int:
@@ -36,6 +46,16 @@ class LayerCounts:
     def wave_bytes(self) -> int:
         """Moved by waves through staging, and into empty slots on the way."""
         return (self.streams + self.surplus) * self.row_bytes
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """Moved into slots ahead of steps."""
+        return self.prefetched * self.row_bytes
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of what was asked for that had been predicted; None without predictions."""
+        return self.found / self.foreseeable if self.foreseeable else None
 
     @property
     def is_whole(self) -> bool:

@@ -7,8 +7,9 @@ Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,12 +22,17 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.eviction import AdaptiveEviction
+from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.populate import populate, processors_near
+from vllm_moe_offload.predictors.gate import Router
+from vllm_moe_offload.predictors.predictor import Predictor
+from vllm_moe_offload.prefetch import Prefetch
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -51,6 +57,9 @@ class EngineStats:
     demand_bytes: int
     wave_bytes: int
     bytes_moved: int
+    prefetch_bytes: int = 0
+    prefetched: int = 0
+    prefetch_hits: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """All fields by name."""
@@ -75,6 +84,9 @@ class OffloadEngine:
         device: where the layers are computed; the host itself is allowed.
         workers_on_host: processes that load a part of the same model into this host's memory.
         log_tokens: tokens of the largest step if the routed ids are to be logged, else 0.
+        spans_layers: whether work that a layer leaves beside it may go on until the next one; not
+            while a CUDA graph is captured that may end in between.
+        say: takes a line for the log.
     """
 
     def __init__(
@@ -84,6 +96,8 @@ class OffloadEngine:
         *,
         workers_on_host: int = 1,
         log_tokens: int = 0,
+        spans_layers: Callable[[], bool] = lambda: True,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -95,12 +109,18 @@ class OffloadEngine:
         self.budget: Budget | None = None
         self._layers: list[OffloadedLayer] = []
         self._sweep: Sweep | None = None
+        self._eviction: AdaptiveEviction | None = None
         self._counters: Counters | None = None
+        self._prefetch: Prefetch | None = None
+        self._spans_layers = spans_layers
+        self._say = say or (lambda _: None)
+        self.routers: Sequence[Router] | None = None
+        """Of every layer, for a predictor that asks them; set before ``plan``."""
 
     @property
     def policies(self) -> dict[str, str]:
         """What decides which experts have a slot, by the name of the decision."""
-        return {"eviction": "lru"}
+        return {"eviction": self.config.policy, "predictor": self.config.predictor}
 
     def add_layer(self, spec: LayerSpec) -> tuple[int, PoolSegment]:
         """Reserve the pool rows of the next layer in order of execution.
@@ -110,7 +130,8 @@ class OffloadEngine:
         """
         assert self.budget is None, "layers are added before the budget is planned"
         self.specs.append(spec)
-        return len(self.specs) - 1, self.pool.add(spec.name, spec.layout, spec.num_experts)
+        segment = self.pool.add(spec.name, spec.layout, spec.num_experts, spec.filled_as)
+        return len(self.specs) - 1, segment
 
     def plan(self) -> Budget:
         """Decide slots and staging, check that everything fits, allocate them.
@@ -118,6 +139,7 @@ class OffloadEngine:
         Raises:
             OffloadError: the machine or the container cannot hold it.
         """
+        check_foresight(self.config, self.specs, self.routers)
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(demands, self.config)
         self._check(budget)
@@ -137,11 +159,15 @@ class OffloadEngine:
             return
         if self.device.type == "cuda":
             self.pool.register()
+        self._eviction = self._make_eviction()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
         self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
+        self._prefetch = make_prefetch(
+            self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
+        )
 
     def fill_slots(self, score_LE: Sequence[NDArray[np.floating]]) -> int:
         """Load the experts with the highest scores; not between the layers of a step.
@@ -154,13 +180,16 @@ class OffloadEngine:
             How many experts of all layers are in slots now.
         """
         filled = 0
-        for layer, score_E in zip(self._layers, score_LE, strict=True):
+        for number, (layer, score_E) in enumerate(zip(self._layers, score_LE, strict=True)):
             routing = layer.spec.routing
             assert routing is not None
             local_E = np.asarray(score_E)[list(routing.id_of_E)]
             hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
             experts = hottest[local_E[hottest] > 0].astype(np.int32)
-            layer.fill(torch.from_numpy(experts).to(self.device))
+            on_device = torch.from_numpy(experts).to(self.device)
+            layer.fill(on_device)
+            if self._eviction is not None:
+                self._eviction.note_fill(number, on_device)
             filled += experts.size
         return filled
 
@@ -187,20 +216,35 @@ class OffloadEngine:
         Returns:
             [T, H] of the type of ``x_TH``.
         """
-        part = self._layers[layer]
+        part, prefetch = self._layers[layer], self._prefetch
+        if prefetch is not None:
+            prefetch.settle()
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
             if part.is_sweep(ids_TK.numel()):
                 part.keep(ids_TK if chosen_TK is None else chosen_TK)
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
-        return part.step(x_TH, weight_TK, ids_TK, chosen_TK)
+        if prefetch is None or part.is_sweep(ids_TK.numel()):
+            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK)
+        else:
+            ahead = partial(prefetch.look_ahead, layer)
+            y_TH = part.step(x_TH, weight_TK, ids_TK, chosen_TK, ahead)
+            prefetch.layer_ended()
+        # A sweep reads nearly everything and evicts nobody: there is nothing to learn.
+        ends_step = part is self._layers[-1] and not part.is_sweep(ids_TK.numel())
+        if self._eviction is not None and ends_step:
+            self._eviction.learn()
+        return y_TH
 
-    def step_begins(self, num_tokens: int) -> None:
+    def step_begins(self, num_tokens: int, scheduled: int = 0) -> None:
         """Start the copies of a step that will be a sweep, ahead of its layers.
 
         Args:
             num_tokens: tokens of the step, 0 for a step within CUDA graphs.
+            scheduled: tokens of the step in any case.
         """
+        if self._prefetch is not None:
+            self._prefetch.step_begins(scheduled)
         if self._sweep is None:
             return
         if self._will_sweep(num_tokens):
@@ -214,6 +258,8 @@ class OffloadEngine:
         Args:
             next_tokens: tokens that the next step will have, as far as that is known now.
         """
+        if self._prefetch is not None:
+            self._prefetch.step_ended()
         if self._sweep is not None and self._will_sweep(next_tokens):
             self._sweep.follow()
 
@@ -239,6 +285,7 @@ class OffloadEngine:
         """Add up the counts of all layers."""
         demand_bytes = sum(layer.demand_bytes for layer in layers)
         wave_bytes = sum(layer.wave_bytes for layer in layers)
+        prefetch_bytes = sum(layer.prefetch_bytes for layer in layers)
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
@@ -253,13 +300,28 @@ class OffloadEngine:
             streamed=sum(layer.streams for layer in layers),
             demand_bytes=demand_bytes,
             wave_bytes=wave_bytes,
-            bytes_moved=demand_bytes + wave_bytes,
+            bytes_moved=demand_bytes + wave_bytes + prefetch_bytes,
+            prefetch_bytes=prefetch_bytes,
+            prefetched=sum(layer.prefetched for layer in layers),
+            prefetch_hits=sum(layer.prefetch_hits for layer in layers),
         )
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What guesses the next layer's experts, if anything does."""
+        return self._prefetch.predictor if self._prefetch else None
 
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
         for layer in self._layers:
             layer.residency.work.counters.zero_()
+
+    def forget_routing(self) -> None:
+        """Forget what was learned, as from made-up steps; residency and counts stay."""
+        if self._eviction is not None:
+            self._eviction.forget()
+        if self.predictor is not None:
+            self.predictor.forget()
 
     def residency(self, layer: int) -> Residency:
         """Return the tables of a layer."""
@@ -273,6 +335,10 @@ class OffloadEngine:
         """Raise unless every owner is consistent and every slot holds its expert's bytes."""
         self.pool.check_integrity()
         self.arena.check_integrity()
+        if self._prefetch is not None:
+            self._prefetch.check_integrity()
+        if self._eviction is not None:
+            self._eviction.check_integrity()
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
             layer.residency.check_integrity()
             expert_of_S = layer.residency.tables.expert_of_S.cpu()
@@ -285,7 +351,7 @@ class OffloadEngine:
     def close(self) -> None:
         """Unpin the pool."""
         self._layers = []
-        self._counters = None
+        self._counters = self._prefetch = None
         self.pool.close()
 
     def _common_top_k(self) -> int:
@@ -322,16 +388,26 @@ class OffloadEngine:
             device_is_host=on_host,
         )
 
+    def _make_eviction(self) -> AdaptiveEviction | None:
+        assert self.budget is not None, "layers are made ready after the plan"
+        experts, slots = [spec.num_experts for spec in self.specs], self.budget.slots
+        # Where all experts have slots, or none has, nobody is ever evicted.
+        evicts = any(0 < s < e for e, s in zip(experts, slots, strict=True))
+        if self.config.policy != "adaptive" or not evicts:
+            return None
+        return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
+
     def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
+        order = self._eviction.order(number) if self._eviction is not None else None
         return OffloadedLayer(
             spec=spec,
             pool_rows_EB=segment.device_rows(self.device),
-            slots=Block.of(spec.layout, slots),
+            slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
-            residency=Residency(spec.num_experts, slots.shape[0], self.device),
+            residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
             row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
             log_TK=self.step_log.layer(number) if self.step_log else None,
@@ -340,7 +416,7 @@ class OffloadEngine:
     @staticmethod
     def _staged(spec: LayerSpec, blocks: Sequence[Tensor]) -> tuple[Block, ...]:
         layout, limit = spec.layout, spec.num_experts
-        return tuple(Block.of(layout, rows_of(block, layout, limit=limit)) for block in blocks)
+        return tuple(Block.of(spec, rows_of(block, layout, limit=limit)) for block in blocks)
 
 
 def describe(engine: OffloadEngine) -> str:

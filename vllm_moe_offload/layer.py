@@ -8,20 +8,26 @@ engine.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from vllm_moe_offload import fill
+from vllm_moe_offload.checkpoint_check import file_of
+from vllm_moe_offload.damage import damaged_scales
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
+from vllm_moe_offload.schemes import Scheme, refusal, scheme_of
 
 logger = init_logger("vllm.moe_offload")
 
@@ -43,38 +49,49 @@ def building_engine() -> OffloadEngine | None:
     return _building.get()
 
 
+def is_quantised(method: Any) -> bool:
+    """Whether a layer's experts are stored in a quantised format."""
+    return not isinstance(method, UnquantizedFusedMoEMethod)
+
+
 def offload(
     method: Any,
     engine: OffloadEngine,
     prefix: str,
-    quantization: str,
     tiles: Callable[[int], TileConfig] | None = None,
 ) -> None:
-    """Turn a layer's quantisation method into an offload-aware one, in place.
+    """Turn the method of a layer with 16-bit or 32-bit experts into an offload-aware one.
 
     Args:
-        method: what vLLM chose for the layer.
+        method: what vLLM chose for the layer; changed in place.
         engine: the engine that the layer joins.
         prefix: the layer's name in the model.
-        quantization: what vLLM calls the format of the experts, for the message.
         tiles: tuned tiles of the grouped product by number of tokens.
+    """
+    _mix(method, OffloadMixin, engine, prefix)
+    method.offload_tiles = tiles
+
+
+def offload_quantised(method: Any, engine: OffloadEngine, prefix: str) -> None:
+    """Turn the method of a layer with quantised experts into an offload-aware one, in place.
 
     Raises:
         OffloadError: the experts are quantised in a way that cannot be offloaded.
     """
+    scheme = scheme_of(method, prefix, rounds_inputs=_multiplies_e4m3(engine.device))
+    _mix(method, QuantisedOffloadMixin, engine, prefix)
+    method.offload_scheme = scheme
+
+
+def _mix(method: Any, mixin: type, engine: OffloadEngine, prefix: str) -> None:
     kind = type(method)
-    if not isinstance(method, UnquantizedFusedMoEMethod):
-        raise OffloadError(
-            "quantization",
-            quantization,
-            f"the experts of {prefix} are quantised ({kind.__name__}), and only 16-bit and 32-bit "
-            "experts can be offloaded",
-            "Use an unquantised checkpoint, drop --quantization, or drop --plugin moe-offload",
-        )
-    method.__class__ = type(kind.__name__, (OffloadMixin, kind), {})
+    method.__class__ = type(kind.__name__, (mixin, kind), {})
     method.offload_engine = engine
     method.offload_prefix = prefix
-    method.offload_tiles = tiles
+
+
+def _multiplies_e4m3(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class OffloadMixin(FusedMoEMethodBase):
@@ -101,33 +118,42 @@ class OffloadMixin(FusedMoEMethodBase):
         with torch.device("cpu"):
             super().create_weights(layer, *args, **kwargs)
         parameters = dict(layer.named_parameters(recurse=False))
-        spec = LayerSpec(
-            name=self.offload_prefix,
-            num_experts=layer.local_num_experts,
-            layout=ExpertLayout.pack(
-                (n, tuple(p.shape[1:]), p.dtype) for n, p in parameters.items()
-            ),
-            activation=_activation(layer, self.offload_prefix),
-            weight_on_input=layer.apply_router_weight_on_input,
-            tiles=self.offload_tiles,
-            routing=_routing(layer),
-        )
+        layout = ExpertLayout.pack((n, tuple(p.shape[1:]), p.dtype) for n, p in parameters.items())
+        self._join(layer, LayerSpec(tiles=self.offload_tiles, **self._about(layer, layout)))
+
+    def _about(self, layer: Any, layout: ExpertLayout) -> dict[str, Any]:
+        return {
+            "name": self.offload_prefix,
+            "num_experts": layer.local_num_experts,
+            "layout": layout,
+            "activation": _activation(layer, self.offload_prefix),
+            "weight_on_input": layer.apply_router_weight_on_input,
+            "routing": _routing(layer),
+        }
+
+    def _join(self, layer: Any, spec: LayerSpec) -> None:
         self.offload_layer, segment = self.offload_engine.add_layer(spec)
-        views = segment.views()
-        for name, parameter in parameters.items():
-            parameter.data = views[name]
+        parameters = dict(layer.named_parameters(recurse=False))
+        for name, view in segment.filled_views().items():
+            if name in parameters:
+                parameters[name].data = view
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every expert has arrived. The rows are in kernel format as they are."""
-        views = self.offload_engine.pool.segments[self.offload_layer].views()
-        if missing := [_checkpoint_name(layer, gap) for gap in fill.gaps(views)]:
+        self._check_filled(layer)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+
+    def _check_filled(self, layer: Any) -> None:
+        segment = self.offload_engine.pool.segments[self.offload_layer]
+        transposed = self.offload_engine.specs[self.offload_layer].transposed
+        gaps = fill.gaps(segment.filled_views(), transposed)
+        if missing := [_checkpoint_name(layer, g.tensor, g.expert, g.half) for g in gaps]:
             raise OffloadError(
                 "checkpoint",
                 self.offload_prefix,
                 f"{len(missing)} expert tensors are missing, the first is {missing[0]}",
                 "Download the checkpoint again or repair it",
             )
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
     def apply(
         self,
@@ -141,6 +167,88 @@ class OffloadMixin(FusedMoEMethodBase):
         """Run the routed experts. Shared experts are the runner's business."""
         ids_TK = _local_ids(topk_ids, layer.expert_map)
         return self.offload_engine.run(self.offload_layer, x, topk_weights, ids_TK, topk_ids)
+
+
+class QuantisedOffloadMixin(OffloadMixin):
+    """Keeps quantised experts as the checkpoint stores them, also in slots."""
+
+    offload_scheme: Scheme
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        """Create the layer's parameters, those of an expert's row as views of the host pool."""
+        try:
+            with torch.device("cpu"):
+                super(OffloadMixin, self).create_weights(layer, *args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            raise refusal(
+                type(self).__name__, self.offload_prefix, f"vLLM refuses their sizes ({error})"
+            ) from error
+        parameters = dict(layer.named_parameters(recurse=False))
+        layout, filled_as = self._layouts(parameters, kwargs)
+        scheme = self.offload_scheme
+        about = self._about(layer, layout)
+        spec = LayerSpec(
+            format=scheme.format, filled_as=filled_as, transposed=scheme.transposed, **about
+        )
+        self._join(layer, spec)
+
+    def _layouts(
+        self, parameters: dict[str, Any], sizes: dict[str, Any]
+    ) -> tuple[ExpertLayout, ExpertLayout]:
+        intermediate = sizes["intermediate_size_per_partition"]
+        columns = intermediate * (2 if self.moe.is_act_and_mul else 1)
+        hidden, group = sizes["hidden_size"], self.offload_scheme.format.scale_terms
+        if self.offload_scheme.format.elements != "e4m3" and group:
+            for name, size in (("hidden", hidden), ("intermediate", intermediate)):
+                if size % group:
+                    raise refusal(
+                        f"groups of {group}",
+                        self.offload_prefix,
+                        f"a group does not divide the {name} size of {size}",
+                    )
+        bias = parameters["w13_bias"].dtype if self.moe.has_bias else None
+        return self.offload_scheme.layouts(parameters, columns, hidden, intermediate, bias)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what has arrived, and put codes in order where the kernels want another one."""
+        scheme, parameters = self.offload_scheme, dict(layer.named_parameters(recurse=False))
+        segment = self.offload_engine.pool.segments[self.offload_layer]
+        self._check_biases(layer)
+        views, dummy = segment.views(), _is_dummy()
+        if not dummy:
+            self._check_filled(layer)
+        scheme.put_in_order(segment.filled_views(), views, parameters)
+        if not dummy:
+            self._check_scales(layer, views)
+        # What dispatches tokens between workers leaves them as they are.
+        self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def _check_biases(self, layer: Any) -> None:
+        loaded: set[str] = getattr(layer, "_loaded_expert_biases", set())
+        if loaded and not self.moe.has_bias:
+            raise refusal(
+                sorted(loaded)[0], self.offload_prefix, "their biases are not part of the model"
+            )
+
+    def _check_scales(self, layer: Any, views: dict[str, torch.Tensor]) -> None:
+        scheme = self.offload_scheme
+        if not (damages := damaged_scales(scheme.format, views)):
+            return
+        first = damages[0]
+        place = scheme.places.get(first.tensor) or scheme.maxima[first.tensor]
+        name = _checkpoint_name(layer, place, first.expert, 0)
+        file = file_of(Path(get_current_vllm_config().model_config.model), name)
+        raise OffloadError(
+            "checkpoint",
+            self.offload_prefix,
+            f"{len(damages)} scales of experts are damaged, the first is {name}"
+            f"{f' in {file}' if file else ''}: it holds {first.problem}",
+            "Download the checkpoint again or repair it",
+        )
+
+
+def _is_dummy() -> bool:
+    return bool(get_current_vllm_config().load_config.load_format == "dummy")
 
 
 def _activation(layer: Any, prefix: str) -> activation.Activation:
@@ -187,14 +295,14 @@ def _local_ids(ids_TK: torch.Tensor, expert_map: torch.Tensor | None) -> torch.T
     return local_TK.masked_fill(ids_TK < 0, -1)
 
 
-def _checkpoint_name(layer: Any, gap: fill.Gap) -> str:
-    """Name a gap as checkpoints do that store experts one by one."""
+def _checkpoint_name(layer: Any, tensor: str, expert: int, half: int) -> str:
+    """Name a part of a parameter as checkpoints do that store experts one by one."""
     experts = _routing(layer).id_of_E
-    stem, _, kind = gap.tensor.partition("_")
+    stem, _, kind = tensor.partition("_")
     if stem == "w2":
         part = layer.ckpt_down_proj_name
-    elif gap.half == 0 or layer.ckpt_up_proj_name is None:
+    elif half == 0 or layer.ckpt_up_proj_name is None:
         part = layer.ckpt_gate_proj_name
     else:
         part = layer.ckpt_up_proj_name
-    return f"{layer.layer_name}.{experts[gap.expert]}.{part}.{kind}"
+    return f"{layer.layer_name}.{experts[expert]}.{part}.{kind}"

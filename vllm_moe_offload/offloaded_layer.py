@@ -12,8 +12,10 @@ from torch import Tensor
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
-from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig, tile_config
+from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
+from vllm_moe_offload.kernels.formats import ExpertFormat
 from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.kernels.quantised_mlp import QuantisedWeights
 from vllm_moe_offload.kernels.resolve import IdLog, log_torch
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.residency import Residency
@@ -40,9 +42,10 @@ class LayerSpec:
     """One MoE layer as the engine needs to know it.
 
     ``layout`` names the tensors ``w13_weight`` [N, H], ``w2_weight`` [H, I] and optionally
-    ``w13_bias`` [N], ``w2_bias`` [H]. ``tiles`` gives tuned tiles for a number of tokens.
-    ``routing`` is needed to record what is routed and to start warm from it; with it a sweep's
-    copies can begin before its first layer runs.
+    ``w13_bias`` [N], ``w2_bias`` [H], or those of ``format`` if the experts are quantised; the
+    weight loader may fill the same bytes in another order, ``filled_as``. ``tiles`` gives tuned
+    tiles for a number of tokens. ``routing`` is needed to record what is routed and to start warm
+    from it; with it a sweep's copies can begin before its first layer runs.
     """
 
     name: str
@@ -52,6 +55,10 @@ class LayerSpec:
     weight_on_input: bool = False
     tiles: Callable[[int], TileConfig] | None = None
     routing: Routing | None = None
+    format: ExpertFormat | None = None
+    filled_as: ExpertLayout | None = None
+    transposed: frozenset[str] = frozenset()
+    """Tensors of ``filled_as`` that hold gate and up side by side."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,14 @@ class Block:
     """Rows that hold experts, and the weights in them."""
 
     rows_RB: Tensor
-    weights: ExpertWeights
+    weights: ExpertWeights | QuantisedWeights
 
     @classmethod
-    def of(cls, layout: ExpertLayout, rows_RB: Tensor) -> "Block":
-        """View rows as weights."""
-        views = layout.views(rows_RB)
+    def of(cls, spec: LayerSpec, rows_RB: Tensor) -> "Block":
+        """View rows of a layer as weights."""
+        views = spec.layout.views(rows_RB)
+        if spec.format is not None:
+            return cls(rows_RB, QuantisedWeights.of(spec.format, views))
         return cls(
             rows_RB,
             ExpertWeights(
@@ -119,13 +128,19 @@ class OffloadedLayer:
         )  # fmt: skip
 
     def step(
-        self, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor, chosen_TK: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        ids_TK: Tensor,
+        chosen_TK: Tensor | None = None,
+        ahead: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Resolve, load what is missing, compute, in launches that follow from shapes alone.
 
         The residents, those just brought in among them, are computed first. Experts that got
         no slot follow in waves through staging. ``chosen_TK`` are the router's ids where the local
-        ones differ.
+        ones differ. ``ahead`` is called with the input and the ids when what is missing has been
+        queued: what it queues comes after demand.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -140,6 +155,8 @@ class OffloadedLayer:
             self.pool_rows_EB, self.slots.rows_RB, work.load_expert_E, work.load_slot_E,
             work.num_loads,
         )  # fmt: skip
+        if ahead is not None:
+            ahead(x_TH, ids_TK)
         products.compute(tables.slot_of_E, self.slots.weights)
         rows = self.halves[0].num_rows
         for wave, first in enumerate(self._waves(ids_TK.numel(), evict=evict)):
@@ -189,9 +206,8 @@ class Products:
     ) -> None:
         self._layer = layer
         self._inputs = (x_TH, weight_TK, ids_TK)
-        _, columns, hidden = layer.slots.weights.w13_SNH.shape
-        out = layer.slots.weights.w2_SHI.shape[1]
-        self._rows_TKH = x_TH.new_empty((*ids_TK.shape, out))
+        self._rows_TKH = x_TH.new_empty((*ids_TK.shape, layer.slots.weights.hidden))
+        self._product, self._prepared = layer.operations.products(layer.spec.format, x_TH)
         self._tiles: TileConfig | None = None
         self.lists: Dispatch | None = None
         if layer.operations.sorts_pairs:
@@ -199,16 +215,17 @@ class Products:
             self._tiles = (
                 layer.spec.tiles(tokens)
                 if layer.spec.tiles
-                else tile_config(experts, columns, hidden, ids_TK.numel(), x_TH.dtype)
+                else layer.slots.weights.tiles(experts, ids_TK.numel(), x_TH.dtype)
             )
             self.lists = Dispatch.empty(ids_TK.numel(), experts, self._tiles.block_m, x_TH.device)
 
-    def compute(self, row_of_E: Tensor, weights: ExpertWeights) -> None:
+    def compute(self, row_of_E: Tensor, weights: ExpertWeights | QuantisedWeights) -> None:
         """Compute the pairs whose expert has a row in ``weights``, see ``kernels.expert_mlp``."""
         spec, do = self._layer.spec, self._layer.operations
-        do.expert_mlp(
+        self._product(
             *self._inputs, row_of_E, weights, spec.activation, self._rows_TKH,
-            weight_on_input=spec.weight_on_input, **do.sorted_for(self._tiles, self.lists),
+            weight_on_input=spec.weight_on_input, **self._prepared,
+            **do.sorted_for(self._tiles, self.lists),
         )  # fmt: skip
 
     def total(self) -> Tensor:

@@ -28,6 +28,8 @@ class PoolSegment:
     layout: ExpertLayout
     rows_EB: Tensor
     """uint8 on the host."""
+    filled_as: ExpertLayout
+    """The row as the weight loader fills it."""
 
     @property
     def num_bytes(self) -> int:
@@ -37,6 +39,10 @@ class PoolSegment:
     def views(self) -> dict[str, Tensor]:
         """By name every tensor of the layer as [E, ...] over the rows."""
         return self.layout.views(self.rows_EB)
+
+    def filled_views(self) -> dict[str, Tensor]:
+        """By name every tensor as the weight loader fills it, over the same rows."""
+        return self.filled_as.views(self.rows_EB)
 
     def device_rows(self, device: torch.device) -> Tensor:
         """The same rows as the device addresses them; they must be registered."""
@@ -63,15 +69,27 @@ class HostPool:
         """Bytes of all segments."""
         return sum(segment.num_bytes for segment in self.segments)
 
-    def add(self, name: str, layout: ExpertLayout, num_experts: int) -> PoolSegment:
+    def add(
+        self,
+        name: str,
+        layout: ExpertLayout,
+        num_experts: int,
+        filled_as: ExpertLayout | None = None,
+    ) -> PoolSegment:
         """Reserve the rows of one layer. Memory is taken when it is first written.
+
+        Args:
+            name: of the layer, for messages.
+            layout: of a row.
+            num_experts: rows.
+            filled_as: how the weight loader fills a row, if it is not as ``layout`` says.
 
         Raises:
             OffloadError: the system refuses the address space.
         """
         memory = _reserve(name, num_experts * layout.row_bytes)
         rows_EB = torch.frombuffer(memory, dtype=torch.uint8).view(num_experts, layout.row_bytes)
-        self.segments.append(PoolSegment(name, layout, rows_EB))
+        self.segments.append(PoolSegment(name, layout, rows_EB, filled_as or layout))
         return self.segments[-1]
 
     def register(self) -> None:

@@ -9,6 +9,7 @@ from vllm_moe_offload.kernels.resolve import (
     NEVER,
     NOWHERE,
     Counter,
+    EvictionOrder,
     ResidencyTables,
     WorkList,
 )
@@ -21,10 +22,17 @@ class Residency:
         num_experts: local experts of the layer.
         num_slots: slots of the layer, from none to one for each expert.
         device: where the tables live.
+        order: the layer's share of an eviction policy, None for LRU.
     """
 
-    def __init__(self, num_experts: int, num_slots: int, device: torch.device) -> None:
-        self.tables = ResidencyTables.empty(num_experts, num_slots, device)
+    def __init__(
+        self,
+        num_experts: int,
+        num_slots: int,
+        device: torch.device,
+        order: EvictionOrder | None = None,
+    ) -> None:
+        self.tables = ResidencyTables.empty(num_experts, num_slots, device, order)
         self.work = WorkList.empty(num_experts, device)
         self.first_open = 0
 
@@ -71,6 +79,8 @@ class Residency:
             tables.expert_of_S[opened] = NOWHERE
             tables.stamp_S[opened] = NEVER
         self.first_open = first
+        if tables.order is not None:
+            tables.order.num_slots.fill_(self.num_open)
 
     def fill(self, experts: Tensor) -> None:
         """Give the first open slots to these experts, empty the others, list the experts as loads.

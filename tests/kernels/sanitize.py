@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,15 +20,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from vllm_moe_offload import kernels
-from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, resolve
+from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, predict, resolve
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
+from vllm_moe_offload.kernels.learn import AdaptiveTables
+from vllm_moe_offload.kernels.prefetch import look_ahead, look_ahead_torch
 from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList
+
+sys.path += [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parent)]
 
 HOST = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGE = 4096
+SCRATCH = ("count_CE", "figures_LN")
 TILES = TileConfig(block_m=16, block_n=32, block_k=32, group_m=2, num_warps=4, num_stages=2)
 
 
@@ -77,7 +83,7 @@ def routed(tokens: int, choices: int, experts: int) -> torch.Tensor:
 def same(device: Any, host: Any, lengths: dict[str, int]) -> None:
     """Compare two records of tensors; ``lengths`` says how much of some of them is defined."""
     for name, expected in vars(host).items():
-        if isinstance(expected, torch.Tensor) and name != "count_CE":
+        if isinstance(expected, torch.Tensor) and name not in SCRATCH:
             stop = lengths.get(name, expected.numel())
             got = getattr(device, name).cpu()
             assert torch.equal(got.flatten()[:stop], expected.flatten()[:stop]), name
@@ -115,6 +121,30 @@ def run_resolve() -> None:
         resolve.wave_map(work, 1, row_of_E, rows=2)
         resolve.wave_map_torch(listed, 1, rows, rows=2)
         assert torch.equal(row_of_E.cpu(), rows)
+
+
+def run_learn() -> None:
+    """Steps of two unlike layers that evict by what the steps before have taught."""
+    sizes = ((7, 3), (5, 2))
+    both = [AdaptiveTables.empty(*zip(*sizes, strict=True), where) for where in (DEVICE, HOST)]
+    layers = [
+        (
+            ResidencyTables.empty(e, s, tables.use_LE.device, tables.order(number, e)),
+            WorkList.empty(e, tables.use_LE.device),
+        )
+        for tables in both
+        for number, (e, s) in enumerate(sizes)
+    ]
+    for _ in range(3):
+        for number, (experts, _slots) in enumerate(sizes):
+            ids = routed(1, 3, experts)
+            (tables, work), (expected, listed) = layers[number], layers[number + 2]
+            resolve.resolve(ids.to(DEVICE), tables, work, evict=True)
+            resolve.resolve_torch(ids, expected, listed, evict=True)
+            same(tables, expected, {})
+        learn.learn(both[0])
+        learn.learn_torch(both[1])
+        same(*both, {})
 
 
 def run_gather() -> None:
@@ -159,9 +189,42 @@ def run_expert_mlp() -> None:
         torch.testing.assert_close(y.cpu(), total, rtol=tolerance, atol=tolerance)
 
 
+def run_quantised() -> None:
+    """Experts in fp8 blocks, whose inputs are rounded too; tests compare the results."""
+    import test_quantised_engine as quantised
+
+    form = quantised.FORMATS["fp8 block"]
+    for share in (0, 1):
+        quantised.run(form, share, [quantised.draw(4, DEVICE)], DEVICE)
+
+
+def run_look_ahead() -> None:
+    """Every kind of predictor, in one launch and in two; then what a step teaches."""
+    import test_prefetch as prefetch
+
+    for kind in prefetch.KINDS:
+        for tokens in (2, 17):
+            case = prefetch.Case(tokens, kind, 7, 3, tokens, 3, 2, 0.1, torch.int32, 1)
+            own, following = (prefetch.random_side(case, HOST) for _ in range(2))
+            ids, source = prefetch.routed(case, HOST), prefetch.source_of(case, HOST)
+            sides = (own, following, source, prefetch.outlook(case, HOST))
+            there = tuple(prefetch.copy(side, DEVICE) for side in sides)
+            look_ahead(ids.to(DEVICE), 1, *there)
+            look_ahead_torch(ids, 1, *sides)
+            for side, expected in zip(there, sides, strict=True):
+                prefetch.assert_same(prefetch.copy(side, HOST), expected)
+    tables = prefetch.markov_tables(7, HOST)
+    there = prefetch.copy(tables, DEVICE)
+    ids_LTK = torch.stack([routed(9, 3, 7) for _ in range(prefetch.L)])
+    predict.learn_transitions(ids_LTK.to(DEVICE), 9, there)
+    predict.learn_transitions_torch(ids_LTK, 9, tables)
+    prefetch.assert_same(prefetch.copy(there, HOST), tables)
+
+
 def runs() -> Iterator[Any]:
     """Everything there is to run."""
-    yield from (run_dispatch, run_resolve, run_gather, run_expert_mlp)
+    yield from (run_dispatch, run_resolve, run_learn, run_look_ahead, run_gather)
+    yield from (run_expert_mlp, run_quantised)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 Legend: T tokens, K choices a token, E experts, S slots.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -18,6 +19,7 @@ from vllm_moe_offload.kernels.resolve import (
     FOREVER,
     NEVER,
     NOWHERE,
+    EvictionOrder,
     IdLog,
     ResidencyTables,
     WorkList,
@@ -41,6 +43,7 @@ class Case:
     inactive: float
     dtype: torch.dtype
     evict: bool
+    ordered: bool = False
 
 
 @st.composite
@@ -55,6 +58,7 @@ def cases(draw, max_tokens: int = 6) -> Case:
         inactive=draw(st.sampled_from((0.0, 0.3, 1.0))),
         dtype=draw(st.sampled_from((torch.int32, torch.int64))),
         evict=True,
+        ordered=draw(st.booleans()),
     )
 
 
@@ -65,9 +69,25 @@ def routed(case: Case, device: torch.device) -> torch.Tensor:
     return ids_TK.to(device, case.dtype)
 
 
+def random_order(case: Case, device: torch.device) -> EvictionOrder:
+    """Rows of ranks, as a view of a table that is wider than the layer."""
+    experts, rows = case.num_experts, 3
+    wide = torch.full((rows, experts + 5), POISON, dtype=torch.int32)
+    ranks = torch.randint(0, 2**20, (rows, experts)) * 1024 + torch.arange(experts)
+    wide[:, :experts] = ranks.int()
+    return EvictionOrder(
+        rank_RE=wide.to(device)[:, :experts],
+        row=torch.randint(rows, (1,)).int().to(device),
+        use_E=torch.full((experts,), POISON, dtype=torch.int8, device=device),
+        slot_of_E=torch.full((experts,), POISON, dtype=torch.int32, device=device),
+        num_slots=torch.full((1,), POISON, dtype=torch.int32, device=device),
+    )
+
+
 def random_tables(case: Case, device: torch.device) -> ResidencyTables:
     """Fill some slots with experts, at times close together, equal and long past; close some."""
-    tables = ResidencyTables.empty(case.num_experts, case.num_slots, device)
+    order = random_order(case, device) if case.ordered else None
+    tables = ResidencyTables.empty(case.num_experts, case.num_slots, device, order)
     count = case.num_slots if case.seed % 2 else int(torch.randint(case.num_slots + 1, ()))
     slots = torch.randperm(case.num_slots)[:count].to(device)
     experts = torch.randperm(case.num_experts)[:count].to(device)
@@ -89,15 +109,17 @@ def poisoned_work(num_experts: int, device: torch.device) -> WorkList:
     return work
 
 
-def copy(item):
-    return replace(item, **{name: tensor.clone() for name, tensor in vars(item).items()})
-
-
 def assert_same(tables, work, expected_tables, expected_work) -> None:
-    for name, tensor in vars(tables).items():
-        torch.testing.assert_close(tensor, getattr(expected_tables, name), rtol=0, atol=0)
-    for name, tensor in vars(work).items():
-        torch.testing.assert_close(tensor, getattr(expected_work, name), rtol=0, atol=0)
+    assert_equal(tables, expected_tables)
+    assert_equal(work, expected_work)
+
+
+def assert_equal(item, expected) -> None:
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(item, expected, rtol=0, atol=0)
+    elif expected is not None:
+        for name, part in vars(expected).items():
+            assert_equal(getattr(item, name), part)
 
 
 def assert_same_dispatch(lists: Dispatch, expected: Dispatch) -> None:
@@ -108,11 +130,25 @@ def assert_same_dispatch(lists: Dispatch, expected: Dispatch) -> None:
     assert torch.equal(lists.sorted_pair[:pairs], expected.sorted_pair[:pairs])
 
 
+def test_resolve_follows_the_order(device):
+    # The newest goes first here, and the ranks fit no 16 bits.
+    case = Case(1, 8, 3, 9, (1, 1), 0.0, torch.int64, True, ordered=True)
+    tables = ResidencyTables.empty(8, 3, device, random_order(case, device))
+    work = WorkList.empty(8, device)
+    for expert in (0, 1, 2):
+        resolve(torch.tensor([[expert]], device=device), tables, work, evict=True)
+    tables.order.row.fill_(2)
+    tables.order.rank_RE[2, :3] = torch.tensor([2**30, 2**29, 7])
+    resolve(torch.tensor([[5]], device=device), tables, work, evict=True)
+    assert tables.expert_of_S.tolist() == [0, 1, 5]
+    assert tables.order.use_E.tolist() == [2, 2, 2, 0, 0, 1, 0, 0]
+
+
 def run_both(case: Case, device: torch.device, *, steps: int) -> None:
     """Run some steps in either form; entries past a list's length stay poisoned in both."""
     torch.manual_seed(case.seed)
     tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
-    expected_tables, expected_work = copy(tables), copy(work)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
     for _ in range(steps):
         ids_TK = routed(case, device)
         resolve(ids_TK, tables, work, evict=case.evict)
@@ -151,7 +187,7 @@ def test_resolve_orders_stamps_of_all_ages(device):
     tables.slot_of_E[: len(ages)] = tables.expert_of_S
     tables.stamp_S.copy_(2**40 - torch.tensor(ages)[order])
     tables.clock.fill_(2**40)
-    expected_tables = copy(tables)
+    expected_tables = deepcopy(tables)
     work, expected_work = (poisoned_work(case.num_experts, device) for _ in range(2))
     for first in (20, 24, 28):
         ids_TK = torch.arange(first, first + 4, device=device)[None]
@@ -186,7 +222,7 @@ def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
     case = Case(3, 33, 7, 9, (100, 3), 0.2, torch.int64, True)
     torch.manual_seed(case.seed)
     tables, work = random_tables(case, device), WorkList.empty(case.num_experts, device)
-    expected_tables, expected_work = copy(tables), copy(work)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
     ids_TK = routed(case, device)
     lists, expected = (
         Dispatch.empty(ids_TK.numel(), case.num_experts, 16, device) for _ in range(2)
@@ -206,7 +242,7 @@ def test_resolve_sorts_pairs_in_either_way(fused_pairs, device):
 def test_resolve_also_logs_ids(case, room, device):
     torch.manual_seed(case.seed)
     tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
-    expected_tables, expected_work = copy(tables), copy(work)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
     ids_TK = routed(case, device)
     # What the router chose is more than what this worker holds.
     chosen_TK = torch.where(ids_TK < 0, 30_000, ids_TK + 7)

@@ -2,6 +2,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import SpeculativeConfig, WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -222,24 +223,26 @@ def test_unknown_version_comes_first(monkeypatch):
         EngineArgs(".", plugin="moe-offload").create_engine_config()
 
 
-ENGINE = SimpleNamespace(config=MoeOffloadConfig())
+ENGINE = SimpleNamespace(config=MoeOffloadConfig(), device=torch.device("cpu"))
 
 
-def test_quantised_layer():
-    class Fp8MoEMethod:
+def test_quantised_layer_of_another_format():
+    class SomeMoEMethod:
         pass
 
+    assert offload_layer.is_quantised(SomeMoEMethod())
     with pytest.raises(OffloadError) as error:
-        offload_layer.offload(Fp8MoEMethod(), ENGINE, "model.layers.3.mlp.experts", "fp8")
+        offload_layer.offload_quantised(SomeMoEMethod(), ENGINE, "model.layers.3.mlp.experts")
     message = str(error.value)
-    assert "quantization = fp8: " in message
-    assert "the experts of model.layers.3.mlp.experts are quantised (Fp8MoEMethod)" in message
-    assert "Use an unquantised checkpoint" in message
+    assert "quantization = SomeMoEMethod: " in message
+    assert "the experts of model.layers.3.mlp.experts cannot be offloaded" in message
+    assert "Use a checkpoint with 16-bit and 32-bit experts" in message
 
 
 def test_unquantised_layer_keeps_its_class_name():
     method = object.__new__(UnquantizedFusedMoEMethod)
-    offload_layer.offload(method, ENGINE, "model.layers.3.mlp.experts", "none")
+    assert not offload_layer.is_quantised(method)
+    offload_layer.offload(method, ENGINE, "model.layers.3.mlp.experts")
     assert type(method).__name__ == "UnquantizedFusedMoEMethod"
     assert isinstance(method, UnquantizedFusedMoEMethod)
     assert isinstance(method, offload_layer.OffloadMixin)

@@ -50,7 +50,7 @@ def load(loader, options: dict | None, *, draft: bool = False):
     config = SimpleNamespace(
         model_config=SimpleNamespace() if draft else model_config,
         additional_config={} if options is None else {KEY: options},
-        load_config=SimpleNamespace(device=None),
+        load_config=SimpleNamespace(device=None, load_format="auto"),
         device_config=SimpleNamespace(device="cpu"),
         parallel_config=SimpleNamespace(local_world_size=1),
     )

@@ -59,6 +59,8 @@ def swap(monkeypatch):
     """Asks a layer for its method; what is handed to the engine is noted."""
     swapped = []
     monkeypatch.setattr(offload_layer, "offload", lambda *args: swapped.append(args))
+    monkeypatch.setattr(offload_layer, "offload_quantised", lambda *args: swapped.append(args))
+    monkeypatch.setattr(offload_layer, "is_quantised", lambda _: False)
 
     class RoutedExperts:
         def _get_quant_method(self, prefix, quant_config, moe_config):
@@ -80,13 +82,13 @@ def test_no_swap_outside_of_an_offloaded_model(swap):
     assert swap("model.layers.3.mlp.experts") == []
 
 
-def test_swap(swap):
-    current = engine()
-    quantised = SimpleNamespace(get_name=lambda: "fp8")
+@pytest.mark.parametrize("quantised", [False, True])
+def test_swap(swap, monkeypatch, quantised):
+    current, config = engine(), SimpleNamespace(get_name=lambda: "fp8")
+    monkeypatch.setattr(offload_layer, "is_quantised", lambda _: quantised)
     with building(current):
-        assert swap("model.layers.3.mlp.experts", quantised) == [
-            ("method of vLLM", current, "model.layers.3.mlp.experts", "fp8", None)
-        ]
+        ((*swapped,),) = swap("model.layers.3.mlp.experts", config)
+    assert swapped[:3] == ["method of vLLM", current, "model.layers.3.mlp.experts"]
     assert len(swap("model.layers.3.mlp.experts")) == 1
 
 

@@ -24,7 +24,8 @@ COUNTS = EngineStats(
 IDLE = SchedulerOutput.make_empty()
 
 
-LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0)
+LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0, found=2,
+                    foreseeable=4)  # fmt: skip
 
 
 class FakeEngine:
@@ -32,11 +33,11 @@ class FakeEngine:
         self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
         self.policies = {"eviction": "lru"}
-        self.resets = self.closed = 0
+        self.after_warm_up, self.closed = [], 0
         self.steps = []
 
-    def step_begins(self, num_tokens: int) -> None:
-        self.steps.append(("begins", num_tokens))
+    def step_begins(self, num_tokens: int, scheduled: int) -> None:
+        self.steps.append(("begins", num_tokens, scheduled))
 
     def step_ended(self, next_tokens: int) -> None:
         self.steps.append(("ended", next_tokens))
@@ -51,8 +52,11 @@ class FakeEngine:
         assert layers == [LAYER]
         return COUNTS
 
+    def forget_routing(self) -> None:
+        self.after_warm_up.append("routing")
+
     def reset_stats(self) -> None:
-        self.resets += 1
+        self.after_warm_up.append("stats")
 
     def close(self) -> None:
         self.closed += 1
@@ -172,7 +176,7 @@ def test_untouched_without_an_engine(was_loaded):
 
 def test_statistics_of_one_engine():
     stats = loaded(FakeEngine()).moe_offload_stats()
-    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3"}]
+    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3", "coverage": 0.5}]
     assert stats.pop("policies") == {"eviction": "lru"}
     assert stats == COUNTS.as_dict()
 
@@ -185,11 +189,12 @@ def test_statistics_add_up():
     }
 
 
-def test_statistics_start_after_warm_up():
+def test_warm_up_is_forgotten():
     engine = FakeEngine()
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
-    assert (made.calls, engine.resets) == (["compile_or_warm_up_model"], 1)
+    assert made.calls == ["compile_or_warm_up_model"]
+    assert engine.after_warm_up == ["routing", "stats"]
 
 
 def test_warm_up_of_the_cpu_worker():
@@ -202,7 +207,7 @@ def test_warm_up_of_the_cpu_worker():
     made = CPUWorker([engine])
     made.load_model()
     assert made.compile_or_warm_up_model() == 2.5
-    assert engine.resets == 1
+    assert engine.after_warm_up == ["routing", "stats"]
 
 
 @pytest.fixture
@@ -362,4 +367,6 @@ def test_engines_hear_of_steps_outside_graphs():
         step = SchedulerOutput.make_empty()
         step.total_num_scheduled_tokens = tokens
         made.execute_model(step)
-    assert engine.steps == [("begins", 0), ("ended", 0), ("begins", 9), ("ended", 0)]
+    assert engine.steps == [
+        ("begins", 0, 8), ("ended", 0), ("begins", 9, 9), ("ended", 0),
+    ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_moe_offload.simulate import adaptive
+from vllm_moe_offload.kernels import candidates as rules
 
 
 class SlowLru:
@@ -96,24 +96,21 @@ class SlowAdaptive:
     def __init__(self, layers, experts, slots):
         self.layers, self.experts, self.slots = layers, experts, slots
         self.last = [[-1] * experts for _ in range(layers)]
-        self.average = np.zeros((layers, experts, len(adaptive.HALF_LIVES)))
+        self.average = np.zeros((layers, experts, len(rules.FADES)), dtype=np.float32)
         self.before = [set() for _ in range(layers)]
         self.lru = [set() for _ in range(layers)]
-        self.votes = np.zeros(1 + len(adaptive.MIXTURES))
-        self.leader = self.lead = self.accesses = self.step = self.clock = 0
+        self.votes = [np.float32(0)] * rules.CANDIDATES
+        self.balance = rules.OPENING_CREDIT * layers
+        self.leader = self.step = 0
 
-    def order(self, candidate, layer):
-        """Experts that have been used, first the ones to keep; with their keys."""
-        keys = {}
-        for expert in range(self.experts):
-            if self.last[layer][expert] < 0:
-                keys[expert] = -1.0 if candidate == 0 else 0.0
-            elif candidate == 0:
-                keys[expert] = self.last[layer][expert] + expert / self.experts
-            else:
-                mixed = np.dot(adaptive.MIXTURES[candidate - 1], self.average[layer, expert])
-                keys[expert] = mixed + (expert in self.before[layer])
-        return keys
+    def rank(self, candidate, layer, expert):
+        """The higher, the longer it is kept; equal only where 13 bits of the mantissa are."""
+        if candidate == rules.LRU:
+            return self.last[layer][expert], expert
+        weights = np.array(rules.MIXTURES[candidate - 1], dtype=np.float32)
+        terms = weights * self.average[layer, expert]
+        mixed = terms[0] + terms[1] + terms[2]
+        return int(mixed.view(np.int32)) >> rules.EXPERT_BITS, expert
 
     def replay(self, steps):
         resident = [set() for _ in range(self.layers)]
@@ -121,56 +118,70 @@ class SlowAdaptive:
         for ids_TLK in steps:
             active = [set(ids_TLK[:, layer].ravel().tolist()) for layer in range(self.layers)]
             hits += sum(int(e) in resident[la] for la, e in self._pairs(ids_TLK))
-            free, leader = self._free(resident), self.leader
-            for layer in range(self.layers):
-                self.lead += len(active[layer] & resident[layer])
-                self.lead -= len(active[layer] & self.lru[layer])
-                self.accesses += len(active[layer])
+            scores = self._scores(resident)
+            self._count_hits(active, resident)
             self._vote(active)
-            self._learn(ids_TLK, active)
             for layer in range(self.layers):
                 last = dict(enumerate(self.last[layer]))
                 self.lru[layer] = slow_admit(self.lru[layer], active[layer], last, self.slots)
-                as_lru = {e: (e in self.lru[layer], stamp) for e, stamp in last.items()}
-                scores = self.order(leader, layer) if layer in free else as_lru
-                resident[layer] = slow_admit(resident[layer], active[layer], scores, self.slots)
-            self.step += 1
+                resident[layer] = slow_admit(
+                    resident[layer], active[layer], scores[layer], self.slots
+                )
+            self._learn(active)
         return hits
 
     def _pairs(self, ids_TLK):
         return [(la, e) for ids_LK in ids_TLK for la, ids in enumerate(ids_LK) for e in ids]
 
-    def _free(self, resident):
+    def _scores(self, resident):
+        """What each layer evicts by, from what is known before the step."""
         deviation = sum(len(lru - here) for lru, here in zip(self.lru, resident, strict=True))
-        allowed = self.lead + adaptive.LOSS_RATE * self.accesses
-        allowed += adaptive.OPENING_CREDIT * self.layers
-        credit = allowed - adaptive.DEVIATION_PRICE * deviation
-        turn = {la: (la + 7 * self.step) % self.layers for la in range(self.layers)}
-        return {la for la in turn if turn[la] < credit / adaptive.DEVIATION_PRICE}
+        scores = []
+        for layer in range(self.layers):
+            turn = (layer + rules.STRIDE * self.step) % self.layers
+            price = rules.DEVIATION_PRICE * (1 + turn + deviation)
+            rank = [self.rank(self.leader, layer, e) for e in range(self.experts)]
+            as_lru = [(e in self.lru[layer], last) for e, last in enumerate(self.last[layer])]
+            scores.append(rank if price <= self.balance else as_lru)
+        return scores
+
+    def _count_hits(self, active, resident):
+        for layer in range(self.layers):
+            if len(self.lru[layer]) < self.slots:
+                self.lru[layer] = set(resident[layer])
+            self.balance += rules.HIT * len(active[layer] & resident[layer])
+            self.balance -= rules.HIT * len(active[layer] & self.lru[layer])
+            self.balance += rules.LOSS_RATE * len(active[layer])
+        self.balance = min(self.balance, rules.HIT * self.layers * (self.slots + 1))
 
     def _vote(self, active):
-        self.votes *= 0.5 ** (1 / adaptive.VOTE_HALF_LIFE)
-        for layer in range(self.layers):
-            for candidate in range(len(self.votes)):
-                keys = self.order(candidate, layer)
-                for expert in active[layer]:
+        for candidate in range(rules.CANDIDATES):
+            count = 0
+            for layer in range(self.layers):
+                keys = {
+                    e: (e in self.before[layer], self.rank(candidate, layer, e))
+                    for e in range(self.experts)
+                    if self.last[layer][e] >= 0
+                }
+                for expert in active[layer] & keys.keys():
                     above = sum(key > keys[expert] for key in keys.values())
-                    seen = self.last[layer][expert] >= 0
-                    self.votes[candidate] += seen and above < self.slots
-        best = int(self.votes.argmax())
-        margin = adaptive.SWITCH_MARGIN * self.layers
+                    count += above < self.slots
+            faded = self.votes[candidate] * np.float32(rules.VOTE_FADE)
+            self.votes[candidate] = faded + np.float32(count)
+        best = max(range(rules.CANDIDATES), key=lambda c: (self.votes[c], -c))
+        margin = rules.SWITCH_MARGIN * self.layers
         if self.votes[best] - self.votes[self.leader] > margin:
             self.leader = best
 
-    def _learn(self, ids_TLK, active):
-        for ids_LK in ids_TLK:
-            for layer, ids in enumerate(ids_LK):
-                for expert in ids:
-                    self.last[layer][int(expert)] = self.clock
-        self.clock += 1
-        fade = 0.5 ** (1 / np.array(adaptive.HALF_LIVES))
-        self.average *= fade
+    def _learn(self, active):
         for layer, experts in enumerate(active):
-            for expert in experts:
-                self.average[layer, expert] += 1 - fade
+            for expert in range(self.experts):
+                average = self.average[layer, expert]
+                if self.last[layer][expert] >= 0:
+                    average[:] = average * np.array(rules.FADES, dtype=np.float32)
+                    average[:] = np.maximum(average, np.float32(rules.FAINT))
+                if expert in experts:
+                    average += np.array(rules.GAINS, dtype=np.float32)
+                    self.last[layer][expert] = self.step
         self.before = active
+        self.step += 1

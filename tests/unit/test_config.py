@@ -13,6 +13,8 @@ REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
     "staging_mb": "Give a positive number of MiB, or auto",
+    "policy": "Give adaptive or lru",
+    "prefetch_mb": "Give a number of MiB, 0 to only count",
     "layers": "Give all, or decoder layer numbers such as 0-11,20",
     "stats_interval_s": "Give a number of seconds",
     "trace_path": "Give a directory that vLLM may write to",
@@ -21,7 +23,7 @@ REMEDIES = {
     "allow_dense": "Give true or false",
 }
 NUMERIC = [
-    "gpu_gb", "cache_fraction", "staging_mb", "stats_interval_s", "trace_file_mb",
+    "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", "trace_file_mb",
     "trace_interval_s",
 ]  # fmt: skip
 NO_NUMBERS = [
@@ -91,6 +93,8 @@ def test_out_of_range(name, value):
         ("staging_mb", 1e-3, 1e-3),
         ("staging_mb", "auto", "auto"),
         ("stats_interval_s", 0, 0.0),
+        ("policy", "lru", "lru"),
+        ("policy", "adaptive", "adaptive"),
         ("allow_dense", True, True),
     ],
 )
@@ -122,6 +126,11 @@ def test_trace_options_without_a_path(options):
 @pytest.mark.parametrize("value", ["perhaps", 2, None, []], ids=repr)
 def test_bad_flag(value):
     check_refused("allow_dense", value)
+
+
+@pytest.mark.parametrize("value", ["", "LRU", "belady", 1, None, True], ids=repr)
+def test_bad_policy(value):
+    check_refused("policy", value)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +226,16 @@ def test_frozen():
 def test_travels_as_json(options):
     config = MoeOffloadConfig.parse(options)
     assert MoeOffloadConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("value", ["oracle", "", None, True, 1, []], ids=repr)
+def test_unknown_predictor(value):
+    assert "Give none, gate, markov or eam" in str(refusal({"predictor": value}))
+
+
+@pytest.mark.parametrize("value", [0, 32, "32"])
+def test_prefetch_needs_a_predictor(value):
+    message = str(refusal({"prefetch_mb": value}))
+    assert "nothing is fetched ahead without a predictor" in message
+    config = MoeOffloadConfig.parse({"prefetch_mb": value, "predictor": "markov"})
+    assert config.prefetch_mb == float(value)

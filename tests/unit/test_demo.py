@@ -1,4 +1,5 @@
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -264,7 +265,39 @@ def test_command_line(monkeypatch):
     monkeypatch.setattr(demo, "run", lambda *args: calls.append(args) or 5)
     assert cli.main(["demo"]) == 5
     assert cli.main(["demo", "some/model", "--dtype", "float32"]) == 5
-    assert calls == [(None, None), ("some/model", "float32")]
+    assert cli.main(["demo", "--format", "mxfp4"]) == 5
+    assert calls == [(None, None, None), ("some/model", "float32", None), (None, None, "mxfp4")]
+
+
+@pytest.mark.parametrize("form", demo.FORMATS)
+def test_format_that_stock_vllm_does_not_serve_here(vllm, monkeypatch, capsys, form):
+    monkeypatch.setattr(demo, "version", lambda name: "0.32.0+cpu")
+    monkeypatch.setattr(demo.Path, "read_text", lambda _: "flags : avx512f")
+    assert demo.run(None, None, form) == 1
+    out = capsys.readouterr().out
+    assert form in out
+    assert "on a GPU, or on a CPU with AMX" in " ".join(out.split())
+    assert "vllm serve" not in out
+
+
+@pytest.mark.parametrize("form", demo.FORMATS)
+def test_small_checkpoint_in_a_format(vllm, monkeypatch, capsys, form):
+    monkeypatch.setattr(demo, "version", lambda name: "0.33.0")
+    assert demo.run(None, None, form) == 0
+    out = capsys.readouterr().out
+    assert "--dtype auto" in out
+    (folder,) = Path(".demo").glob(f"*-{form}")
+    assert str(folder) in out
+    config = json.loads((folder / "config.json").read_text())
+    methods = {"fp8": "fp8", "w4a16": "compressed-tensors", "mxfp4": "mxfp4"}
+    assert config["quantization_config"]["quant_method"] == methods[form]
+
+
+def test_formats_of_the_command_line_are_those_of_the_demo(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--format", "no such"])
+    message = capsys.readouterr().err
+    assert all(form in message for form in demo.FORMATS)
 
 
 def test_command_line_needs_a_command(capsys):

@@ -352,6 +352,65 @@ def test_reset_of_statistics_keeps_residents():
     assert (engine.stats().hits, engine.stats().misses) == (2, 0)
 
 
+def routed_to(step: int) -> torch.Tensor:
+    """Two hot experts, and others that come by once."""
+    return torch.tensor([[step % 2, 2 + step % 10]])
+
+
+def run_steps(engine: OffloadEngine, layers: list[DenseLayer], steps: range) -> list[torch.Tensor]:
+    outputs = []
+    for step in steps:
+        ids_TK = routed_to(step)
+        for number, layer in enumerate(layers):
+            outputs.append(engine.run(number, *inputs(layer, ids_TK, step), ids_TK))
+        engine.check_integrity()
+    return outputs
+
+
+def test_the_adaptive_policy_keeps_hot_experts():
+    layers = [example_layer(12), example_layer(12)]
+    ours, lru = (make_engine(layers, cache_fraction=0.25, policy=p) for p in ("adaptive", "lru"))
+    steps = range(200)
+    outputs = zip(run_steps(ours, layers, steps), run_steps(lru, layers, steps), strict=True)
+    assert all(same_bits(*pair) for pair in outputs)
+    assert ours.stats().active == lru.stats().active
+    assert ours.stats().hits > 1.3 * lru.stats().hits
+
+
+def test_routing_is_forgotten_but_residents_stay():
+    layers = [example_layer(12), example_layer(12)]
+    engine, fresh = (make_engine(layers, cache_fraction=0.25) for _ in range(2))
+    run_steps(engine, layers, range(50))
+    resident = engine.residency(0).tables.expert_of_S.clone()
+    engine.forget_routing()
+    assert engine.stats().active > 0
+    assert torch.equal(engine.residency(0).tables.expert_of_S, resident)
+    for name, table in vars(fresh._eviction.tables).items():
+        if name != "slot_of_LE":
+            assert torch.equal(getattr(engine._eviction.tables, name), table), name
+
+
+def test_the_policy_learns_once_a_step_and_not_from_sweeps(monkeypatch):
+    layers = [example_layer(12), example_layer(12)]
+    engine = make_engine(layers, cache_fraction=0.25)
+    learned = []
+    monkeypatch.setattr(engine._eviction, "_learn", learned.append)
+    run_steps(engine, layers, range(3))
+    assert len(learned) == 3
+    many_TK = torch.arange(12).repeat(16)[:, None]
+    for number, layer in enumerate(layers):
+        engine.run(number, *inputs(layer, many_TK), many_TK)
+    assert len(learned) == 3
+
+
+@pytest.mark.parametrize(("share", "policy"), [(0, "adaptive"), (1, "adaptive"), (0.5, "lru")])
+def test_no_policy_where_lru_is_asked_for_or_nobody_is_evicted(share, policy):
+    layers = [example_layer(12)]
+    engine = make_engine(layers, cache_fraction=share, policy=policy)
+    assert engine._eviction is None
+    run_steps(engine, layers, range(20))
+
+
 def test_statistics_of_two_engines_add_up():
     layer = example_layer()
     engines = [make_engine([layer], cache_fraction=share) for share in (0, 1)]

@@ -48,9 +48,27 @@ def test_a_mark_is_a_nan(dtype):
     assert all(bool(tensor.isnan().any(-1).any()) for tensor in tensors.values())
 
 
+CODES = [torch.int32, torch.uint8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("written", [(), (0,), (1,), (0, 1)])
+def test_gaps_in_codes(dtype, beside, written):
+    shape = (8, 32) if beside else (32, 8)
+    layout = ExpertLayout.pack([("w13", shape, dtype)])
+    tensors = layout.views(torch.zeros(EXPERTS, layout.row_bytes, dtype=torch.uint8))
+    transposed = frozenset({"w13"}) if beside else frozenset()
+    mark(tensors, transposed)
+    for half in written:
+        tensors["w13"].view(torch.uint8).chunk(2, dim=2 if beside else 1)[half].fill_(1)
+    missing = {(g.expert, g.half) for g in gaps(tensors, transposed)}
+    assert missing == {(e, h) for e in range(EXPERTS) for h in {0, 1} - set(written)}
+
+
 def test_tensors_without_a_mark_are_left_alone():
     tensors = {
-        "qweight": torch.ones(EXPERTS, 4, 4, dtype=torch.int32),
+        "qzeros": torch.ones(EXPERTS, 4, 3, dtype=torch.int32),
         "fp8": torch.ones(EXPERTS, 4, 4).to(torch.float8_e4m3fn),
         "scale": torch.ones(EXPERTS),
     }

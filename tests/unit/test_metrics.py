@@ -21,7 +21,8 @@ from vllm_moe_offload.metrics.page import Page, Worker, layer_label
 from vllm_moe_offload.metrics.reporter import Reporter, line
 
 LAYER = LayerCounts("model.layers.0.mlp.experts", experts=8, slots=2, row_bytes=100, resident=2,
-                    active=10, hits=4, loads=5, streams=1, surplus=3)  # fmt: skip
+                    active=10, hits=4, loads=5, streams=1, surplus=3, prefetched=3,
+                    prefetch_hits=2, guessed=9, found=7, foreseeable=8)  # fmt: skip
 OTHER = replace(LAYER, layer="model.layers.1.mlp.experts", active=11, hits=5)
 
 
@@ -58,6 +59,8 @@ def test_metric_set():
         ("bytes_total", "0", "1", "host", "demand"): 500,
         ("bytes_total", "0", "0", "host", "wave"): 400,
         ("bytes_total", "0", "1", "host", "wave"): 400,
+        ("bytes_total", "0", "0", "host", "prefetch"): 300,
+        ("bytes_total", "0", "1", "host", "prefetch"): 300,
         ("resident_experts", "0", "0"): 2, ("resident_experts", "0", "1"): 2,
         ("slots", "0", "0"): 2, ("slots", "0", "1"): 2,
         ("experts", "0", "0"): 8, ("experts", "0", "1"): 8,
@@ -349,4 +352,6 @@ def test_counts_of_a_layer():
     assert LAYER.is_whole
     assert not replace(LAYER, hits=3).is_whole
     assert (LAYER.misses, LAYER.demand_bytes, LAYER.wave_bytes) == (6, 500, 400)
+    assert (LAYER.prefetch_bytes, LAYER.coverage) == (300, 7 / 8)
+    assert replace(LAYER, foreseeable=0).coverage is None
     assert LayerCounts(**asdict(LAYER)) == LAYER

@@ -162,6 +162,16 @@ def test_goes_on_from_a_warm_start(make, tmp_path):
     assert found["hot_set"]["score_LE"][0, [0, 7, 8]] == pytest.approx([2, 100, 0], rel=1e-3)
 
 
+def test_keeps_what_others_learn(make):
+    steps = make(start=False)
+    stale = {"predictor": {"a": np.zeros(3)}}
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), stale, {"predictor": lambda: {"a": np.arange(3)}})
+    steps.run(1)
+    steps.recorder.close()
+    found = WarmStartFile(steps.warm_start.path, IDENTITY).load()
+    assert found["predictor"]["a"].tolist() == [0, 1, 2]
+
+
 def test_a_bug_ends_the_recording_and_nothing_else(make, tmp_path, lines):
     steps = make()
     steps.recorder.record(StepRows([5], [0], [1]), 1)  # a sequence that nobody began

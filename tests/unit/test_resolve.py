@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.kernels.resolve import resolve_torch
+from vllm_moe_offload.kernels.resolve import Counter, resolve_torch
 from vllm_moe_offload.residency import Residency
 
 HOST = torch.device("cpu")
@@ -19,7 +19,7 @@ class LruModel:
         self.expert_in = dict.fromkeys(range(num_slots))
         self.last_read = dict.fromkeys(range(num_slots), -1)
         self.now = 0
-        self.counts = {"active": 0, "hits": 0, "loads": 0, "streams": 0, "surplus": 0}
+        self.counts = {counter.name.lower(): 0 for counter in Counter}
 
     def slot_of(self, expert: int) -> int | None:
         return next((s for s, held in self.expert_in.items() if held == expert), None)
@@ -46,7 +46,7 @@ class LruModel:
             else:
                 streams.append(expert)
         self.now += 1
-        for name, found in zip(self.counts, (active, hits, loads, streams, []), strict=True):
+        for name, found in zip(self.counts, (active, hits, loads, streams), strict=False):
             self.counts[name] += len(found)
         return loads, streams
 

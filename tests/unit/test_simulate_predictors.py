@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from traces import RECORDED, random_trace, trace_of
 
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.predictors import figures
 from vllm_moe_offload.simulate.predictors import (
     EamPredictor,
     MarkovPredictor,
@@ -47,18 +48,18 @@ def test_markov_against_brute_force(seed, batch):
                         key = layer, expert, follower
                         pairs[key] = pairs.get(key, 0) + 1
         for layer, expert in np.ndindex(4, 6):
-            kept = fast.RECENT_FADE * recent.get((layer, expert), 0)
-            recent[layer, expert] = kept + (1 - fast.RECENT_FADE) * step.active_LE[layer, expert]
+            kept = figures.RECENT_FADE * recent.get((layer, expert), 0)
+            recent[layer, expert] = kept + (1 - figures.RECENT_FADE) * step.active_LE[layer, expert]
 
 
 def logit(expert, layer, ids_LK, pairs, uses, recent, tokens):
     prior = max(uses.get((layer, expert), 0) / tokens, 1e-4)
-    value = MarkovPredictor.LIFETIME_WEIGHT * np.log(prior)
-    floor = MarkovPredictor.RECENT_FLOOR
-    value += MarkovPredictor.RECENT_WEIGHT * np.log(recent[layer, expert] + floor)
+    value = figures.LIFETIME_WEIGHT * np.log(prior)
+    floor = figures.RECENT_FLOOR
+    value += figures.RECENT_WEIGHT * np.log(recent[layer, expert] + floor)
     for before in ids_LK[layer - 1].tolist():
-        joint = pairs.get((layer - 1, before, expert), 0) + MarkovPredictor.SMOOTHING * prior
-        given_before = joint / (uses.get((layer - 1, before), 0) + MarkovPredictor.SMOOTHING)
+        joint = pairs.get((layer - 1, before, expert), 0) + figures.SMOOTHING * prior
+        given_before = joint / (uses.get((layer - 1, before), 0) + figures.SMOOTHING)
         value += np.log(given_before / prior)
     return value
 

@@ -14,8 +14,8 @@ from slow_policies import (
 from traces import random_trace, trace_of
 
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.predictors.collection import Collection
 from vllm_moe_offload.simulate.cache import admit
-from vllm_moe_offload.simulate.collection import Collection
 from vllm_moe_offload.simulate.policies import ALIAS, ENGINE_DEFAULT, POLICIES, make_policy
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule

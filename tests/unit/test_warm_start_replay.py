@@ -50,6 +50,7 @@ class Cache:
             for layer, ids_K in enumerate(ids_LK):
                 residency = self.engine.residency(layer)
                 resolve_torch(ids_K[None], residency.tables, residency.work, evict=True)
+            self.engine._eviction.learn()
         return self.engine.stats().hit_ratio
 
 

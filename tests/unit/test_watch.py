@@ -55,7 +55,7 @@ def test_sample_of_two_workers():
     sample = parse(page(0), page(1))
     assert list(sample.layers) == ["2", "10", "draft.0"]
     assert set(sample.layers.values()) == {LayerSample(hits=12, misses=8, resident=6, slots=8)}
-    assert sample.bytes_by_cause == {"demand": 6 * 3000, "wave": 6 * 3000}
+    assert sample.bytes_by_cause == {"demand": 6 * 3000, "wave": 6 * 3000, "prefetch": 0}
     assert (sample.workers, sample.counted_at, sample.time) == (2, 50.0, 7.0)
     assert (sample.link_bytes_per_s, sample.slot_bytes) == (6e10, 24000)
     assert (sample.policies, sample.models) == ({"eviction": "lru"}, ("m",))

@@ -47,6 +47,18 @@ def test_any_capacity_gives_the_same_tokens(path, stock, seen, slots):
     assert results == seen[0]
 
 
+@pytest.mark.parametrize("policy", ["adaptive", "lru"])
+def test_any_policy_gives_the_same_tokens(path, stock, policy):
+    options = offloaded(cache_fraction=0.5, policy=policy)
+    with engine(path, "qwen3_moe", **SCHEDULING, **options) as llm:
+        assert tokens(generate(llm, BATCH, MAX_TOKENS)) == tokens(stock[0])
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        (offload,) = worker.moe_offload_engines
+        offload.check_integrity()
+        (stats,) = llm.collective_rpc("moe_offload_stats")
+    assert stats["misses"] > stats["slots"], "nobody was evicted"
+
+
 def test_staging_of_one_expert_gives_the_same_tokens(path, stock):
     # 16 experts of 96 KiB: two blocks of one row each.
     options = offloaded(cache_fraction=1 / EXPERTS, staging_mb=0.1875)

@@ -72,30 +72,6 @@ def test_slots_larger_than_the_device(checkpoint, monkeypatch):
     assert "Lower gpu_gb" in message
 
 
-@pytest.mark.usefixtures("no_weights_loaded")
-def test_quantised_experts(checkpoint, tmp_path):
-    source = checkpoint("qwen3_moe")
-    for file in source.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-        # Only the experts: not every CPU has a kernel for the rest.
-        "ignored_layers": [
-            f"model.layers.{layer}.{name}"
-            for layer in range(4)
-            for name in (*(f"self_attn.{part}_proj" for part in "qkvo"), "mlp.gate")
-        ],
-    }
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    message = refusal(tmp_path, "qwen3_moe", **(offloaded() | {"dtype": "bfloat16"}))
-    assert "quantization = fp8" in message
-    assert "model.layers.0.mlp.experts" in message
-
-
 def drop_tensor(source, target, name):
     """Copy a checkpoint without one tensor."""
     for file in source.iterdir():

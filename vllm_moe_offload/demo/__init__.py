@@ -22,20 +22,27 @@ from vllm_moe_offload.demo.server import Server, command, environment
 FOLDER = Path(".demo")
 
 
-def run(model: str | None, dtype: str | None = None) -> int:
+_FORMATS = {"fp8": "qwen3_moe", "w4a16": "qwen3_moe", "mxfp4": "gpt_oss"}
+FORMATS = tuple(_FORMATS)
+"""Formats of experts that the small checkpoint can have."""
+
+
+def run(model: str | None, dtype: str | None = None, form: str | None = None) -> int:
     """Run the demo and return its exit status: 0 if all token ids are identical.
 
     Args:
         model: a checkpoint's folder or name on the hub; None makes a small random one.
         dtype: vLLM's option; None takes the checkpoint's on a GPU, and otherwise float32, in
             which two implementations of one model do not differ in their greedy choice.
+        form: format of the small checkpoint's experts, one of ``FORMATS``; None leaves them as
+            they are.
     """
     console = Console(highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)  # the servers end with us
     try:
-        return _compare(console, model, dtype)
+        return _compare(console, model, dtype, form)
     except (DemoError, PackageNotFoundError, OSError) as error:
         console.print(Text(str(error), style="red"), soft_wrap=True)
         return 1
@@ -44,11 +51,14 @@ def run(model: str | None, dtype: str | None = None) -> int:
         return 130
 
 
-def _compare(console: Console, model: str | None, dtype: str | None) -> int:
+def _compare(console: Console, model: str | None, dtype: str | None, form: str | None) -> int:
     on_cpu = "cpu" in version("vllm")
-    dtype = dtype or ("float32" if on_cpu or model is None else "auto")
+    if form and (lack := _lacks(form, on_cpu)):
+        console.print(lack)
+        return 1
+    dtype = dtype or ("float32" if form is None and (on_cpu or model is None) else "auto")
     FOLDER.mkdir(exist_ok=True)
-    model = model or str(_small_checkpoint(console))
+    model = model or str(_small_checkpoint(console, form))
     offloaded = _serve(console, model, dtype, on_cpu, plugin=True)
     stock = _serve(console, model, dtype, on_cpu, plugin=False)
     identical = [a.token_ids for a in offloaded.answers] == [a.token_ids for a in stock.answers]
@@ -77,20 +87,36 @@ def _serve(console: Console, model: str, dtype: str, on_cpu: bool, plugin: bool)
     return outcome
 
 
-def _small_checkpoint(console: Console) -> Path:
-    path = FOLDER / "qwen3-moe"
+def _lacks(form: str, on_cpu: bool) -> str | None:
+    """Why stock vLLM cannot serve a format on this machine, as far as that can be told."""
+    if not on_cpu or "amx_tile" in Path("/proc/cpuinfo").read_text():
+        return None
+    return (
+        f"Not here: stock vLLM has nothing to compare with. It multiplies {form} experts on a GPU, "
+        "or on a CPU with AMX, which this one lacks."
+    )
+
+
+def _small_checkpoint(console: Console, form: str | None) -> Path:
+    family = _FORMATS[form] if form else "qwen3_moe"
+    path = FOLDER / "-".join([family.replace("_", "-"), *([form] if form else [])])
     if path.exists():
         return path
-    console.print(f"Making a small random Qwen3-MoE checkpoint: {path}")
+    console.print(f"Making a small random {family} checkpoint: {path}")
     with TemporaryDirectory(dir=FOLDER) as scratch:
         made = make_checkpoint(
-            Path(scratch) / path.name,
-            "qwen3_moe",
+            Path(scratch) / "plain",
+            family,
+            dtype="bfloat16" if form else "float32",
             num_layers=6,
             num_experts=32,
             top_k=4,
             hidden_size=256,
             intermediate_size=128,
         )
+        if form:
+            from vllm_moe_offload.quantised_checkpoints import quantise_checkpoint
+
+            made = quantise_checkpoint(made, Path(scratch) / form, form)
         made.rename(path)  # only a complete one gets the name
     return path

@@ -104,6 +104,11 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the first process."""
+        return self._process.pid
+
     def wait_until_healthy(self, progress: Callable[[float, str], None]) -> float:
         """Wait for the server to answer and return the seconds it took.
 

@@ -24,6 +24,7 @@ _LAYER_COUNTERS: dict[str, tuple[str, Callable[[LayerCounts], int]]] = {
 _CAUSES: dict[str, Callable[[LayerCounts], int]] = {
     "demand": lambda layer: layer.demand_bytes,
     "wave": lambda layer: layer.wave_bytes,
+    "prefetch": lambda layer: layer.prefetch_bytes,
 }
 
 _LAYER_GAUGES: dict[str, tuple[str, Callable[[LayerCounts], int]]] = {
@@ -71,8 +72,8 @@ def families(pages: Sequence[Page]) -> Iterator[Metric]:
         yield _by_layer(family, pages, (), count)
     moved = CounterMetricFamily(
         f"{PREFIX}bytes",
-        "Bytes moved to the GPU from a tier, by cause: for a token that waited (demand), or "
-        "through staging and by sweeps (wave).",
+        "Bytes moved to the GPU from a tier, by cause: for a token that waited (demand), "
+        "through staging and by sweeps (wave), or ahead of a step (prefetch).",
         labels=(*_LAYER, "tier", "cause"),
     )
     for cause, count in _CAUSES.items():

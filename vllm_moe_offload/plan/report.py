@@ -126,8 +126,8 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
         return
     if plan.model.quantization is not None:
         yield (
-            f"The weights are quantised ({plan.model.quantization}) and taken as stored; vllm "
-            "serve refuses the format if this version cannot offload it."
+            f"The weights are quantised ({plan.model.quantization}) and stay as stored in pool "
+            "and slots; vllm serve refuses the format if this version cannot offload it."
         )
     if plan.all_in_slots:
         yield (

@@ -31,6 +31,9 @@ _UP = re.compile(
     r"(?=[._]|$)(?P<kind>.*)"
 )
 
+_STAYS_BEHIND = re.compile(r"\.(weight_shape|g_idx|input_global_scale)$")
+"""Tensors of an expert that no row holds: they say nothing, or nothing that a product needs."""
+
 _DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 _OTHER_TOWER = re.compile(r"vision|visual|audio|encoder|vit\b")
 _UNUSED = re.compile(r"(^|\.)mtp[^.]*\.|^(talker|code2wav|token2wav)\.")
@@ -194,6 +197,8 @@ class _LayerSum:
         self.dtypes.add(tensor.dtype)
         self.bytes_of[part.expert] += tensor.num_bytes // share
         own = Volume(volume.fixed_bytes // share, volume.elements // share)
+        if _STAYS_BEHIND.search(tensor.name):
+            return
         parts = self.parts_of[part.expert]
         key = _row_tensor(part.tensor)
         parts[key] = add(parts[key], own)

@@ -86,6 +86,7 @@ class Recorder:
         self._hot_set = HotSet(num_layers, info.num_experts)
         self._warm_start = warm_start
         self._sections: Mapping[str, Section] = {}
+        self._learners: Mapping[str, Callable[[], Section]] = {}
         self._has_learnt = False
         self._recording = False
         self._closing = threading.Event()
@@ -95,14 +96,20 @@ class Recorder:
         self.dropped_steps = 0
         """Steps that the ring had no room for."""
 
-    def start(self, hot_set: HotSet, sections: Mapping[str, Section]) -> None:
+    def start(
+        self,
+        hot_set: HotSet,
+        sections: Mapping[str, Section],
+        learners: Mapping[str, Callable[[], Section]] | None = None,
+    ) -> None:
         """Begin to record: warm-up is over, and what comes now is traffic.
 
         Args:
             hot_set: what is known already; the recorder goes on from it.
             sections: everything that the warm start held, to be kept with it.
+            learners: what gives the sections that others learn, asked by the writing thread.
         """
-        self._hot_set, self._sections = hot_set, sections
+        self._hot_set, self._sections, self._learners = hot_set, sections, learners or {}
         self._recording = True
         atexit.register(self.close)
         self._drainer.start()
@@ -205,7 +212,8 @@ class Recorder:
 
     def _save_warm_start(self) -> None:
         try:
-            self._warm_start.save({**self._sections, SECTION: self._hot_set.section()})
+            learned = {name: section() for name, section in self._learners.items()}
+            self._warm_start.save({**self._sections, **learned, SECTION: self._hot_set.section()})
         except OSError as error:
             self._complaints.say(f"cannot write {self._warm_start.path}: {error.strerror or error}")
         else:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.floating[Any]]
+Scores = NDArray[np.floating[Any] | np.integer[Any]]
 
 
 def admit(
-    resident_CLE: Bools, active_LE: Bools, score_LE: Floats, slots_C: Ints, *, bypass: bool = False
+    resident_CLE: Bools, active_LE: Bools, score_LE: Scores, slots_C: Ints, *, bypass: bool = False
 ) -> Bools:
     """Give the active experts slots, and return who is resident afterwards.
 
@@ -46,7 +47,7 @@ def admit(
     return _without_lowest(resident_CLE | missing, evictable, score_LE, victims)
 
 
-def _without_lowest(members: Bools, evictable: Bools, score_LE: Floats, count_CL: Ints) -> Bools:
+def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL: Ints) -> Bools:
     """Take out of each layer the ``count_CL`` evictable experts of the lowest scores."""
     num_experts = members.shape[-1]
     kept = members.reshape(-1, num_experts)

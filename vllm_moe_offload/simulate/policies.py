@@ -8,15 +8,16 @@ from typing import Protocol
 
 import numpy as np
 
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.predictors.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.adaptive import AdaptivePolicy
-from vllm_moe_offload.simulate.cache import Bools, Floats, Ints
-from vllm_moe_offload.simulate.collection import Collection, SequenceCounts
+from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores
 from vllm_moe_offload.simulate.steps import Step
 from vllm_moe_offload.trace import Trace
 
-ENGINE_DEFAULT = "lru"
-"""What ``default`` means: the policy that ``kernels.resolve`` runs."""
+ENGINE_DEFAULT: str = MoeOffloadConfig.model_fields["policy"].default
+"""What ``default`` means: the policy that the engine runs if nobody chooses."""
 
 ALIAS = "default"
 
@@ -27,7 +28,7 @@ class Policy(Protocol):
     bypass: bool
     """Whether an active expert may pass through although a resident could be evicted."""
 
-    def rank(self, step: Step, resident_CLE: Bools) -> Floats:
+    def rank(self, step: Step, resident_CLE: Bools) -> Scores:
         """Learn from a step and score the experts for it, [L, E] or [C, L, E].
 
         The lowest score among the residents that the step does not read is evicted first.

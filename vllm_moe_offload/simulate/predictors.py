@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.predictors import figures
+from vllm_moe_offload.predictors.collection import CAPACITY, Collection, SequenceCounts
 from vllm_moe_offload.simulate.cache import Bools, Floats
-from vllm_moe_offload.simulate.collection import CAPACITY, Collection, SequenceCounts
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
 from vllm_moe_offload.trace import Trace
 
@@ -41,18 +42,6 @@ class MarkovPredictor:
     makes counts from one task useful on another.
     """
 
-    SMOOTHING = 20.0
-    """Uses of an expert after which its own transitions weigh as much as the prior."""
-
-    LIFETIME_WEIGHT = 0.3
-    RECENT_WEIGHT = 1.5
-    """Weights of the logarithms of the two priors."""
-
-    RECENT_FADE = 0.9
-    RECENT_FLOOR = 0.02
-    REFRESH = 64
-    """Steps after which counts reach the table that predictions are read from."""
-
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._count_LEE = np.zeros((num_layers - 1, num_experts, num_experts), dtype=np.float32)
         self._use_LE = np.zeros((num_layers, num_experts))
@@ -70,7 +59,7 @@ class MarkovPredictor:
             return demand
         before_TLK = step.ids_TLK[:, :-1]
         evidence = self._evidence_LEE[self._layers[:-1, None], before_TLK].sum(2)
-        recent = self.RECENT_WEIGHT * np.log(self._recent_LE[1:] + self.RECENT_FLOOR)
+        recent = figures.RECENT_WEIGHT * np.log(self._recent_LE[1:] + figures.RECENT_FLOOR)
         logit = evidence + self._prior_LE + recent
         likelihood = np.exp(logit - logit.max(-1, keepdims=True))
         demand[:, 1:] = top_k * likelihood / likelihood.sum(-1, keepdims=True)
@@ -84,19 +73,19 @@ class MarkovPredictor:
             self._count_LEE[pair] += 1
             self._use_LE[layers, ids_LK] += 1
         self._tokens += len(step.ids_TLK)
-        self._recent_LE *= self.RECENT_FADE
-        self._recent_LE += (1 - self.RECENT_FADE) * step.active_LE
+        self._recent_LE *= figures.RECENT_FADE
+        self._recent_LE += (1 - figures.RECENT_FADE) * step.active_LE
         self._stale += 1
-        if self._stale >= self.REFRESH or self._tokens < self.REFRESH:
+        if self._stale >= figures.REFRESH or self._tokens < figures.REFRESH:
             self._refresh()
 
     def _refresh(self) -> None:
         self._stale = 0
-        prior_LE = np.maximum(self._use_LE[1:] / max(1, self._tokens), 1e-4)
-        joint = self._count_LEE + self.SMOOTHING * prior_LE[:, None, :]
-        given = joint / (self._use_LE[:-1, :, None] + self.SMOOTHING)
+        prior_LE = np.maximum(self._use_LE[1:] / max(1, self._tokens), figures.LEAST_PRIOR)
+        joint = self._count_LEE + figures.SMOOTHING * prior_LE[:, None, :]
+        given = joint / (self._use_LE[:-1, :, None] + figures.SMOOTHING)
         self._evidence_LEE = np.log(given / prior_LE[:, None, :]).astype(np.float32)
-        self._prior_LE = self.LIFETIME_WEIGHT * np.log(prior_LE)
+        self._prior_LE = figures.LIFETIME_WEIGHT * np.log(prior_LE)
 
 
 class EamPredictor:
@@ -107,14 +96,12 @@ class EamPredictor:
     sequence, but ``window`` tokens at most, so that long sequences do not blur.
     """
 
-    WINDOW = 64
-
     def __init__(
         self,
         num_layers: int,
         num_experts: int,
         capacity: int = CAPACITY,
-        window: int | None = WINDOW,
+        window: int | None = figures.WINDOW,
     ) -> None:
         self._collection = Collection(num_layers, num_experts, capacity)
         self._running = SequenceCounts(num_layers, num_experts, window)

@@ -7,9 +7,13 @@ compared by cosine with those of past sequences; a full collection replaces its 
 Legend: N matrices, T tokens, L layers, K choices a token, E experts.
 """
 
-import numpy as np
+from typing import Any
 
-from vllm_moe_offload.simulate.cache import Floats, Ints
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
 
 CAPACITY = 256
 """Matrices kept by default; the paper finds that hundreds suffice."""
@@ -37,14 +41,23 @@ class Collection:
         """One stored matrix [L, E]."""
         return self._counts_LEN[:, :, index]
 
-    def add(self, counts_LE: Floats) -> None:
-        """Store a sequence's matrix, in place of the most similar one if there is no room."""
+    def norm(self, index: int) -> Floats:
+        """One stored matrix's norm up to and with each layer, float64 [L]."""
+        return self._norm_LN[:, index]
+
+    def add(self, counts_LE: Floats) -> int:
+        """Store a sequence's matrix, in place of the most similar one if there is no room.
+
+        Returns:
+            Where it is now.
+        """
         place = self.size if self.size < self.capacity else self._most_similar(counts_LE)
         self._counts_LEN[:, :, place] = counts_LE
         # Up to and with each layer, since a token is matched on the layers it has passed.
         squares_L = np.square(counts_LE, dtype=np.float64).sum(-1)
         self._norm_LN[:, place] = np.sqrt(np.cumsum(squares_L))
         self.size = max(self.size, place + 1)
+        return place
 
     def match(self, ids_TLK: Ints) -> Ints:
         """Find for every token and layer the stored matrix most similar up to that layer.

@@ -1,0 +1,182 @@
+"""Measure this plugin beside other ways to run the same model, in one run on one machine.
+
+    python benchmarks/peers/run.py --out FILE
+    python benchmarks/peers/run.py --render FILE
+
+A checkpoint of random weights is made in the shape that is asked for. One after the other the
+systems serve it, each in processes of its own and with the same share of the experts on the GPU:
+stock vLLM with everything there, this plugin, vLLM's ``--cpu-offload-gb`` and
+``--offload-backend prefetch``, and as far as they are installed FreeToken, llama.cpp
+(``--n-cpu-moe``), KTransformers and Accelerate. All get the same prompts and are greedy, and their
+texts are compared with stock vLLM's. The file is written after each system, with a plot beside it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # PYTHONSAFEPATH keeps it off
+
+from machine import provenance
+from shapes import SHAPES
+
+from peers import checkpoint, table
+from peers.measure import Questions, compare, measure
+from peers.memory import gpu_bytes
+from peers.peer import Peer, Setup
+from peers.plot import draw
+from peers.prompts import prompts
+from peers.systems import all_peers
+from vllm_moe_offload.errors import OffloadError
+
+_LONG_PROMPTS = 8
+
+
+def main() -> int:
+    """Measure the systems and write the file; or print one."""
+    args = parse(sys.argv[1:])
+    if args.render:
+        print(table.markdown(json.loads(args.render.read_text())))
+        return 0
+    peers = [peer for peer in all_peers() if not args.only or peer.name in args.only]
+    with tempfile.TemporaryDirectory(prefix="peers-", dir=args.work) as work:
+        try:
+            result = run(args, peers, Path(work))
+        except OffloadError as error:
+            print(error, file=sys.stderr)
+            return 2
+    table.show(result)
+    if (figure := draw(result, args.out)) is not None:
+        print(figure)
+    return int(any(row["status"] == "failed" for row in result["systems"]))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    names = [peer.name for peer in all_peers()]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="file of the results")
+    add("--render", type=Path, metavar="FILE", help="print results as Markdown")
+    add("--shape", choices=SHAPES, default="qwen3-30b-a3b-16", help="model to make")
+    add("--share", type=_share, default=0.25, help="part of the experts on the GPU, 0 to 1")
+    add("--only", nargs="+", choices=names, metavar="SYSTEM", help=f"of {', '.join(names)}")
+    add("--batches", type=_count, nargs="+", default=[1, 8, 32], help="sequences at once")
+    add("--long-prompt", type=_count, help="tokens of the prompt whose first token is timed")
+    add("--short-prompt", type=_count, default=32, help="tokens of the prompts that are decoded")
+    add("--new-tokens", type=_count, default=64, help="tokens that they are continued by")
+    add("--rounds", type=_count, default=3, help="times that all is timed; the median counts")
+    add("--start-limit-s", type=float, default=900, help="seconds until a system is ready")
+    add("--disk-gb", type=float, default=60, help="what checkpoints may take of the disk")
+    add("--work", type=Path, help="folder for them; they are removed at the end")
+    add("--commit", help="revision, where the tree has no repository")
+    args = parser.parse_args(arguments)
+    if not (args.out or args.render):
+        parser.error("--out is needed to measure")
+    return args
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> dict[str, Any]:
+    """Make the checkpoint and measure; the file holds what there is after each system."""
+    setup = setup_of(args, work, has_gpu=gpu_bytes_known())
+    needs_gguf = any(p.name == "llama.cpp" and p.absent(setup) is None for p in peers)
+    checkpoint.make(
+        setup.shape, setup.dtype, setup.checkpoint,
+        disk_bytes=int(args.disk_gb * 1e9), copies=1 + needs_gguf,
+    )  # fmt: skip
+    questions = questions_for(setup)
+    result: dict[str, Any] = {
+        **provenance(args.commit),
+        "shape_name": args.shape,
+        "shape": setup.shape.as_dict(),
+        "dtype": setup.dtype,
+        "share": setup.share,
+        "batches": list(setup.batches),
+        "long_prompt": setup.long_prompt,
+        "short_prompt": setup.short_prompt,
+        "new_tokens": setup.new_tokens,
+        "systems": [],
+    }
+    idle = gpu_bytes()
+    reference = None
+    for number, peer in enumerate(peers):
+        print(f"[{number + 1} of {len(peers)}] {peer.name}", flush=True)
+        row, replies = measure(
+            peer,
+            setup,
+            questions,
+            rounds=args.rounds,
+            start_limit_s=args.start_limit_s,
+            idle_gpu_bytes=idle,
+        )
+        if peer.name == all_peers()[0].name:
+            reference, row["is_reference"] = replies, True
+        else:
+            compare(row, reference or {}, replies)
+        result["systems"].append({"system": peer.name, **row})
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def setup_of(args: argparse.Namespace, work: Path, *, has_gpu: bool) -> Setup:
+    """What is the same for all systems.
+
+    On a CPU all compute in float32, in which two right implementations write the same.
+    """
+    return Setup(
+        checkpoint=work / args.shape,
+        shape=SHAPES[args.shape],
+        work=work,
+        share=args.share,
+        dtype="bfloat16" if has_gpu else "float32",
+        has_gpu=has_gpu,
+        long_prompt=args.long_prompt or (8192 if has_gpu else 256),
+        short_prompt=args.short_prompt,
+        new_tokens=args.new_tokens,
+        batches=tuple(sorted(set(args.batches))),
+    )
+
+
+def gpu_bytes_known() -> bool:
+    """Whether there is a GPU: vLLM and nvidia-smi have to see it."""
+    import torch
+
+    return torch.cuda.is_available() and shutil.which("nvidia-smi") is not None
+
+
+def questions_for(setup: Setup) -> Questions:
+    """Prompts for all systems, encoded by the checkpoint's tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(setup.checkpoint / "tokenizer.json"))
+
+    def make(count: int, tokens: int, seed: int) -> Any:
+        return prompts(lambda text: tokenizer.encode(text).ids, count, tokens, seed)
+
+    return Questions(
+        long=make(_LONG_PROMPTS, setup.long_prompt, 1),
+        short=make(setup.largest_batch, setup.short_prompt, 2),
+        warm_up=make(setup.largest_batch, setup.short_prompt, 3),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""The experts' feed-forward network over slots that hold quantised weights.
+
+Weights stay in their checkpoint's codes until a product reads them. Where a format rounds its
+activations too, they are rounded before each product, as the format defines it.
+
+Legend: T tokens, K choices a token, E local experts, S rows of experts, H hidden size,
+I intermediate size, N columns of the first product, P pairs (T K), G groups of terms.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_moe_offload.kernels._quantised_mlp_triton import (
+    quantise_pairs_kernel,
+    quantise_rows_kernel,
+    quantised_down_kernel,
+    quantised_gate_up_kernel,
+)
+from vllm_moe_offload.kernels.activation import Activation, activate_torch
+from vllm_moe_offload.kernels.dispatch import Dispatch, max_blocks
+from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
+from vllm_moe_offload.kernels.expert_mlp import TileConfig
+from vllm_moe_offload.kernels.formats import (
+    SMALLEST_GROUP_MAXIMUM,
+    SMALLEST_TOKEN_SCALE,
+    ExpertFormat,
+    QuantisedMatrix,
+    dequantise,
+    quantise_torch,
+)
+
+
+@dataclass(frozen=True)
+class QuantisedWeights:
+    """Both matrices of experts by row of a slot arena or a staging block."""
+
+    format: ExpertFormat
+    w13: QuantisedMatrix
+    w2: QuantisedMatrix
+
+    @classmethod
+    def of(cls, form: ExpertFormat, views: dict[str, Tensor]) -> "QuantisedWeights":
+        """Collect the tensors that ``ExpertFormat.tensors`` names."""
+
+        def matrix(name: str) -> QuantisedMatrix:
+            return QuantisedMatrix(
+                codes=views[f"{name}_weight"],
+                scale=views[f"{name}_scale"],
+                zero=views.get(f"{name}_zero"),
+                global_scale=views.get(f"{name}_global"),
+                input_scale=views.get(f"{name}_input"),
+                bias=views.get(f"{name}_bias"),
+            )
+
+        return cls(form, matrix("w13"), matrix("w2"))
+
+    @property
+    def num_rows(self) -> int:
+        """Experts that fit."""
+        return self.w13.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Rows of the first matrix."""
+        return self.w13.codes.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Rows of the second matrix, which is the size of the result."""
+        return self.w2.codes.shape[1]
+
+    @property
+    def intermediate(self) -> int:
+        """Terms of the second matrix."""
+        return self.w2.codes.shape[2] * 8 // self.format.bits
+
+    def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> TileConfig:
+        """Tiles for a layer's experts and a step's pairs, see ``quantised_tiles``."""
+        return quantised_tiles(self.format, num_experts, num_pairs, dtype)
+
+
+def quantised_tiles(
+    form: ExpertFormat, num_experts: int, num_pairs: int, dtype: torch.dtype
+) -> TileConfig:
+    """Choose tiles from shapes alone: what is resident may not change a result's bits.
+
+    Args:
+        form: how the weights are stored.
+        num_experts: E.
+        num_pairs: P, active or not.
+        dtype: of the hidden states.
+    """
+    pairs_per_expert = num_pairs / num_experts
+    block_k = _block_k(form, 32 if dtype == torch.float32 else 128)
+    if dtype == torch.float32:
+        return TileConfig(16 if pairs_per_expert <= 16 else 32, 32, block_k, 1, 4, 2)
+    if pairs_per_expert <= 16:
+        return TileConfig(16, 64, block_k, 1, 4, 4)
+    # Decoding takes registers: more terms at once would spill.
+    block_k = block_k if form.inputs else min(64, block_k)
+    if pairs_per_expert <= 64:
+        return TileConfig(32 if pairs_per_expert <= 32 else 64, 128, block_k, 1, 4, 3)
+    return TileConfig(128, 128, block_k, 8, 8, 3)
+
+
+def _block_k(form: ExpertFormat, wanted: int) -> int:
+    """Terms of a tile: those of a scale of the activations, or such that scales do not cross."""
+    if form.inputs == "group":
+        return form.scale_terms
+    return min(wanted, form.scale_terms) if form.scale_terms >= 64 else wanted
+
+
+def quantised_mlp_torch(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    ids_TK: Tensor,
+    row_of_E: Tensor,
+    weights: QuantisedWeights,
+    activation: Activation,
+    out_TKH: Tensor,
+    *,
+    weight_on_input: bool = False,
+) -> None:
+    """Compute the rows of all (token, choice) pairs whose expert has a row in ``weights``.
+
+    The contract is that of ``expert_mlp.expert_mlp_torch``. Products are of decoded weights in
+    float32 and are rounded to the type of ``x_TH`` once they are complete, the first one before
+    its activation. A router weight on the input multiplies the first product before its bias.
+    """
+    rows = row_of_E.tolist()
+    for expert in ids_TK.unique().tolist():
+        if expert < 0 or rows[expert] < 0:
+            continue
+        t, k = (ids_TK == expert).nonzero(as_tuple=True)
+        weight = weight_TK[t, k, None].float()
+        form, row = weights.format, rows[expert]
+        h = _product(x_TH[t], weights.w13, form, row)
+        h = _biased(h * weight if weight_on_input else h, weights.w13, row).to(x_TH.dtype)
+        y = _product(activate_torch(h, activation), weights.w2, form, row)
+        y = _biased(y, weights.w2, row)
+        out_TKH[t, k] = (y if weight_on_input else y * weight).to(out_TKH.dtype)
+
+
+def _product(x: Tensor, matrix: QuantisedMatrix, form: ExpertFormat, row: int) -> Tensor:
+    weights_NK = dequantise(matrix, form, row)
+    if form.inputs is None:
+        return x.float() @ weights_NK.T
+    input_scale = None if matrix.input_scale is None else matrix.input_scale[row]
+    codes, scale = quantise_torch(x, form.inputs, form.scale_terms, input_scale)
+    group = form.scale_terms if form.inputs == "group" else x.shape[1]
+    return (codes.float() * scale.repeat_interleave(group, 1)[:, : x.shape[1]]) @ weights_NK.T
+
+
+def _biased(y: Tensor, matrix: QuantisedMatrix, row: int) -> Tensor:
+    return y if matrix.bias is None else y + matrix.bias[row].float()
+
+
+@dataclass(frozen=True)
+class QuantisedInputs:
+    """Hidden states as the first product reads them: e4m3 with scales [T, G], or as they were."""
+
+    x_TH: Tensor
+    scale_TG: Tensor | None = None
+
+
+def quantise_inputs(x_TH: Tensor, form: ExpertFormat) -> QuantisedInputs:
+    """Round hidden states once for all products of a step, if their format asks for it."""
+    if form.inputs not in ("group", "token"):
+        return QuantisedInputs(x_TH)
+    (tokens, hidden), group = x_TH.shape, _group(form, x_TH.shape[1])
+    codes, scale_TG = _empty_inputs(tokens, hidden, group, x_TH.device)
+    if tokens:
+        quantise_rows_kernel[(tokens, scale_TG.shape[1])](
+            x_TH, x_TH.stride(0), codes, scale_TG, **_grouping(form, hidden)
+        )
+    return QuantisedInputs(codes, scale_TG)
+
+
+def _group(form: ExpertFormat, terms: int) -> int:
+    return form.scale_terms if form.inputs == "group" else terms
+
+
+def _empty_inputs(rows: int, terms: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    codes = torch.empty((rows, terms), dtype=torch.float8_e4m3fn, device=device)
+    return codes, torch.empty((rows, -(-terms // group)), dtype=torch.float32, device=device)
+
+
+def _grouping(form: ExpertFormat, terms: int) -> dict[str, Any]:
+    group = _group(form, terms)
+    grouped = form.inputs == "group"
+    return {
+        "WIDTH": terms, "GROUP": group, "BLOCK": triton.next_power_of_2(group),
+        "LEAST": SMALLEST_GROUP_MAXIMUM if grouped else SMALLEST_TOKEN_SCALE,
+        "OF_MAXIMUM": grouped, "ROUND": _interpreted(),
+        "num_warps": 1 if group <= 256 else 4,
+    }  # fmt: skip
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def quantised_mlp(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    ids_TK: Tensor,
+    row_of_E: Tensor,
+    weights: QuantisedWeights,
+    activation: Activation,
+    out_TKH: Tensor,
+    *,
+    weight_on_input: bool = False,
+    dispatch: Dispatch | None = None,
+    config: TileConfig | None = None,
+    inputs: QuantisedInputs | None = None,
+) -> None:
+    """Do what ``quantised_mlp_torch`` does, in grouped products that decode their weights.
+
+    Without rounded activations codes become values of the type of ``x_TH``, and scales of at
+    least a tile's terms are applied to float32 sums. ``dispatch`` and ``config`` are those of
+    ``expert_mlp.expert_mlp``; ``inputs`` are the hidden states from ``quantise_inputs``.
+    """
+    form, num_pairs, num_experts = weights.format, ids_TK.numel(), row_of_E.numel()
+    if num_pairs == 0 or weights.num_rows == 0:
+        return
+    if config is None:
+        config = quantised_tiles(form, num_experts, num_pairs, x_TH.dtype)
+    if dispatch is None:
+        dispatch = Dispatch.empty(num_pairs, num_experts, config.block_m, x_TH.device)
+        sort_pairs(ids_TK, dispatch)
+    assert dispatch.block_m == config.block_m, "pairs were sorted for other tiles"
+    inputs = quantise_inputs(x_TH, form) if inputs is None else inputs
+    hidden, intermediate = weights.hidden, weights.intermediate
+    hidden_PI = x_TH.new_empty(num_pairs, intermediate)
+    weight_P, blocks = weight_TK.reshape(-1), max_blocks(num_pairs, num_experts, config.block_m)
+    lists = (dispatch.sorted_pair, dispatch.expert_of_block, dispatch.num_blocks, row_of_E)
+    options = {
+        "HIDDEN": hidden, "INTERMEDIATE": intermediate,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m, "UPCAST": _interpreted(),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    matrix, shapes = _arguments(weights.w13, form, weights.columns, hidden, config.block_k)
+    quantised_gate_up_kernel[(blocks * triton.cdiv(weights.columns, config.block_n),)](
+        inputs.x_TH, inputs.x_TH.stride(0), *_strided(inputs.scale_TG), *matrix,
+        hidden_PI, weight_P, *lists, num_pairs,
+        CHOICES=ids_TK.shape[1], WEIGH=weight_on_input, PART_ROWS=_part_rows(weights),
+        NAME=activation.name, GATED=activation.is_gated,
+        INTERLEAVED=activation.name == "swigluoai",
+        LIMIT=activation.limit, ALPHA=activation.alpha, BETA=activation.beta,
+        SITU_BETA=activation.situ_beta, SITU_LINEAR_BETA=activation.situ_linear_beta,
+        **shapes, **options,
+    )  # fmt: skip
+    h, h_scale = hidden_PI, None
+    if form.inputs in ("group", "token"):
+        h, h_scale = _empty_inputs(num_pairs, intermediate, _group(form, intermediate), h.device)
+        quantise_pairs_kernel[(blocks * config.block_m, h_scale.shape[1])](
+            hidden_PI, h, h_scale, *lists, num_pairs, BLOCK_M=config.block_m,
+            **_grouping(form, intermediate),
+        )  # fmt: skip
+    matrix, shapes = _arguments(weights.w2, form, hidden, intermediate, config.block_k)
+    out_PH = out_TKH.view(num_pairs, hidden)
+    quantised_down_kernel[(blocks * triton.cdiv(hidden, config.block_n),)](
+        h, *_strided(h_scale), *matrix, out_PH, out_PH.stride(0), weight_P, *lists, num_pairs,
+        WEIGH=not weight_on_input, **shapes, **options,
+    )  # fmt: skip
+
+
+def _part_rows(weights: QuantisedWeights) -> int:
+    parts = weights.w13.global_scale
+    return weights.columns if parts is None else weights.columns // parts.shape[1]
+
+
+def _arguments(
+    matrix: QuantisedMatrix, form: ExpertFormat, rows: int, terms: int, block_k: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors of a matrix with their strides, and what the kernel is compiled for."""
+    assert matrix.codes.stride(-1) == matrix.scale.stride(-1) == 1
+    codes = matrix.codes if form.inputs else matrix.codes.view(torch.uint8)
+    # One scale for all terms is one for as many as a tile has, or more.
+    scale_terms = form.scale_terms
+    if not 0 < scale_terms < terms:
+        scale_terms = max(terms, block_k)
+    fits = scale_terms >= terms or scale_terms % block_k == 0 or block_k % scale_terms == 0
+    assert fits, "scales would cross tiles"
+    assert form.inputs != "group" or form.scale_terms == block_k, "activations need these tiles"
+    tensors = (
+        codes, *codes.stride()[:2], *_rows_of(matrix.zero, 2), matrix.scale,
+        *matrix.scale.stride()[:2], *_rows_of(matrix.global_scale, 1),
+        *_rows_of(_column(matrix.input_scale), 1), *_rows_of(matrix.bias, 1),
+    )  # fmt: skip
+    return tensors, {
+        "ELEMENTS": form.elements, "ZERO": form.midpoint,
+        "SCALE_ROWS": form.scale_rows or rows // matrix.scale.shape[1],
+        "SCALE_TERMS": scale_terms, "INPUTS": form.inputs or "none",
+    }  # fmt: skip
+
+
+def _column(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor[:, None]
+
+
+def _rows_of(tensor: Tensor | None, strides: int) -> tuple[Any, ...]:
+    """A tensor and its first strides, or nothing in their place."""
+    if tensor is None:
+        return (None, *[0] * strides)
+    assert tensor.stride(-1) == 1, "weights must be contiguous along their last dimension"
+    return tensor, *tensor.stride()[:strides]
+
+
+def _strided(tensor: Tensor | None) -> tuple[Any, ...]:
+    return _rows_of(tensor, 1)

@@ -1,0 +1,534 @@
+"""Other systems beside the plugin: what they are asked, how they are timed, what is concluded."""
+
+import asyncio
+import json
+import math
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from xml.etree import ElementTree
+
+import pytest
+from peers import checkpoint, convert_to_gguf, table
+from peers.agreement import agreement
+from peers.client import LlamaCpp, OpenAI, PeerError, Prompt, Reply, Round, ask
+from peers.measure import Questions, measure, punctual, shown
+from peers.memory import PeakMemory, proportional_bytes
+from peers.plot import draw
+from peers.prompts import prompts
+from peers.run import main, parse, setup_of
+from peers.systems import all_peers
+from peers.systems.prefetch import groups
+from peers.transformers_server import Model
+from safetensors import safe_open
+from shapes import SHAPES
+
+from vllm_moe_offload.checkpoints import make_checkpoint
+from vllm_moe_offload.errors import OffloadError
+
+PROMPT = Prompt("one two", [5, 6, 7])
+
+
+def reply(ids=(1, 2, 3), *, sent=0.0, first=1.0, last=2.0, text="abc"):
+    return Reply(text, list(ids) if ids else None, 3, 1, sent, first, last)
+
+
+def setup(tmp_path, *more, has_gpu=True):
+    return setup_of(parse(["--out", "x", *more]), tmp_path, has_gpu=has_gpu)
+
+
+# Timing.
+
+
+def test_rate_leaves_out_the_first_tokens_and_their_wait():
+    together = Round([reply(first=1.0, last=2.0), reply(first=1.5, last=3.0)], 0.0)
+    assert together.decode_tokens_per_s == (2 + 2) / (3.0 - 1.0)
+    assert together.first_token_s == 1.25
+    assert Round([reply(first=1.0, last=1.0)], 0.0).decode_tokens_per_s is None
+
+
+def test_rounds_of_a_late_client_do_not_count():
+    late, timely = Round([reply()], 0.9), Round([reply()], 0.01)
+    answers = iter([late, timely, late, timely, timely])
+    assert punctual(lambda: next(answers), 2) == [timely, timely]
+    assert next(answers) is timely
+    assert punctual(lambda: late, 2) == []
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A server that answers a token at a time, and may be told to refuse."""
+
+    events = ()
+    pause_s = 0.05
+    status = 200
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        type(self).asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(self.status)
+        self.end_headers()
+        for event in self.events:
+            time.sleep(self.pause_s)
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(events, **more):
+        handler = type("Handler", (Slow,), {"events": events, **more})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def openai_events(ids):
+    """vLLM's: a role-like event without a token, one event a token, and the usage."""
+    choices = [{"text": "", "token_ids": []}] + [{"text": f" {n}", "token_ids": [n]} for n in ids]
+    return [{"choices": [choice]} for choice in choices] + [
+        {"choices": [], "usage": {"completion_tokens": len(ids)}}
+    ]
+
+
+def test_client_times_tokens_and_not_empty_events(serve):
+    url, handler = serve(openai_events([8, 9, 10]))
+    found = ask(url, OpenAI("peer", returns_ids=True), [PROMPT, PROMPT], 3)
+    assert handler.asked["prompt"] == PROMPT.token_ids
+    assert handler.asked["return_token_ids"]
+    for one in found.replies:
+        assert (one.text, one.token_ids, one.num_tokens) == (" 8 9 10", [8, 9, 10], 3)
+        assert one.first_token_s >= 2 * Slow.pause_s
+        assert one.last_s - one.first_s >= 1.5 * Slow.pause_s
+
+
+def test_client_counts_by_usage_where_ids_are_not_told(serve):
+    events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "bc"}]},
+              {"choices": [], "usage": {"completion_tokens": 5}}]  # fmt: skip
+    url, handler = serve(events, pause_s=0)
+    (one,) = ask(url, OpenAI("peer", takes_ids=False), [PROMPT], 5).replies
+    assert handler.asked["prompt"] == PROMPT.text
+    assert (one.text, one.token_ids, one.num_tokens) == ("abc", None, 5)
+
+
+def test_client_speaks_llama_cpps_own_language(serve):
+    events = [{"content": "x", "tokens": [4]}, {"content": "", "tokens": [5]},
+              {"content": "", "stop": True, "tokens_predicted": 2}]  # fmt: skip
+    url, handler = serve(events, pause_s=0)
+    (one,) = ask(url, LlamaCpp(), [PROMPT], 2).replies
+    assert handler.asked["n_predict"] == 2
+    assert (one.token_ids, one.num_tokens) == ([4, 5], 2)
+
+
+@pytest.mark.parametrize(
+    ("events", "more", "problem"),
+    [
+        ([], {"status": 503}, "answered 503"),
+        ([{"error": {"message": "out of memory"}}], {}, "out of memory"),
+        ([], {}, "without a token"),
+    ],
+)
+def test_client_tells_what_went_wrong(serve, events, more, problem):
+    url, _ = serve(events, **more)
+    with pytest.raises(PeerError, match=problem):
+        ask(url, OpenAI("peer"), [PROMPT], 2)
+
+
+def test_client_tells_that_nobody_is_there():
+    with pytest.raises(PeerError, match="did not answer"):
+        ask("http://127.0.0.1:9", OpenAI("peer"), [PROMPT], 2)
+
+
+# Texts.
+
+
+def test_agreement_finds_the_earliest_difference():
+    ours = {1: [reply()], 2: [reply(), reply([1, 2, 3])]}
+    theirs = {1: [reply([1, 2, 9])], 2: [reply(), reply([1, 7, 3])]}
+    assert agreement(ours, ours) == {"by": "token ids", "same": 3, "answers": 3}
+    assert agreement(ours, theirs) == {
+        "by": "token ids", "same": 1, "answers": 3,
+        "first": {"position": 1, "batch": 2, "prompt": 1},
+    }  # fmt: skip
+
+
+def test_agreement_compares_texts_where_one_has_no_ids():
+    found = agreement({1: [reply(text="abc")]}, {1: [reply(None, text="ab")]})
+    assert found == {
+        "by": "text", "same": 0, "answers": 1, "first": {"position": 2, "batch": 1, "prompt": 0}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+def test_prompts_have_their_length_and_differ(tokens):
+    made = prompts(lambda text: list(text.encode())[::2], 6, tokens * 4, seed=1)
+    assert all(tokens * 4 - 10 <= len(prompt.token_ids) <= tokens * 4 for prompt in made)
+    assert len({prompt.text for prompt in made}) == 6
+    assert made == prompts(lambda text: list(text.encode())[::2], 6, tokens * 4, seed=1)
+
+
+# The checkpoint.
+
+FAMILIES = {
+    "qwen3_moe": ("tiny", {"num_layers": 4}),
+    "deepseek_v2": ("tiny-latent", {"num_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_those_of_a_published_checkpoint(tmp_path, family):
+    _, sizes = FAMILIES[family]
+    folder = make_checkpoint(tmp_path, family, num_experts=8, top_k=2, **sizes)
+    config = json.loads((folder / "config.json").read_text())
+    assert dict(checkpoint.tensors(config)) == sizes_in(folder)
+
+
+def sizes_in(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            found |= {k: tuple(content.get_slice(k).get_shape()) for k in content.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_checkpoint_is_complete_and_loads(tmp_path, family, dtype):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shape = SHAPES[FAMILIES[family][0]]
+    folder = checkpoint.make(shape, dtype, tmp_path, disk_bytes=10**9)
+    config = json.loads((folder / "config.json").read_text())
+    assert sizes_in(folder) == dict(checkpoint.tensors(config))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == sizes_in(folder).keys()
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert index["metadata"]["total_size"] == pytest.approx(on_disk, rel=0.05)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert model.dtype == getattr(torch, dtype)
+    gates = [value for name, value in model.state_dict().items() if name.endswith("gate.weight")]
+    assert gates
+    assert not torch.equal(gates[0], gates[1])
+
+
+def test_rows_of_a_tensor_longer_than_what_is_drawn_differ(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(checkpoint, "_DRAWN", 1025)
+    folder = checkpoint.make(SHAPES["tiny"], "float32", tmp_path, disk_bytes=10**9)
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as content:
+            found |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    head = found["lm_head.weight"]
+    assert len(torch.unique(head, dim=0)) == len(head)
+    assert not torch.equal(head, found["model.embed_tokens.weight"])
+
+
+def test_every_id_has_a_text_of_its_own(tmp_path):
+    from transformers import AutoTokenizer
+
+    shape = SHAPES["deepseek-v2-lite"]
+    checkpoint.save_tokenizer(tmp_path, shape.vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == shape.vocabulary
+    assert tokenizer.decode([512, shape.vocabulary - 1]) == f" w512 w{shape.vocabulary - 1}"
+    text = "A mixture of experts"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_checkpoint_too_large_for_the_disk_is_refused_at_once(tmp_path):
+    shape = SHAPES["qwen3-30b-a3b"]
+    with pytest.raises(OffloadError, match=r"--disk-gb = 100.*and its copy would take 122 GB"):
+        checkpoint.make(shape, "bfloat16", tmp_path, disk_bytes=10**11, copies=2)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_converter_takes_a_tokenizer_of_no_known_hash(monkeypatch):
+    class TextModel:
+        def get_vocab_base_pre(self, tokenizer):
+            raise NotImplementedError
+
+    script = type(sys)("convert_hf_to_gguf")
+    script.TextModel = TextModel
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", script)
+    convert_to_gguf.accept_any_tokenizer()
+    assert TextModel().get_vocab_base_pre(None) == "gpt-2"
+    del script.TextModel
+    with pytest.raises(SystemExit, match="take another version"):
+        convert_to_gguf.accept_any_tokenizer()
+
+
+# The systems.
+
+
+@pytest.mark.parametrize("peer", all_peers(), ids=lambda peer: peer.name)
+def test_command_lines_hold_the_checkpoint_and_the_sizes(peer, tmp_path, monkeypatch):
+    monkeypatch.setenv("FREETOKEN", sys.executable)
+    monkeypatch.setenv("KTRANSFORMERS", sys.executable)
+    asked = setup(tmp_path, "--batches", "1", "77")
+    asked.checkpoint.mkdir()
+    command = peer.command(asked)
+    assert any(str(asked.checkpoint) in word for word in command)
+    assert peer.name == "Accelerate" or "77" in command
+    assert not {"--host", "--port"} & set(command)
+
+
+def test_stock_vllm_understands_its_command_lines(tmp_path):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    asked = setup(tmp_path, "--share", "0.25")
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("model_tag")
+    stock, cpu_offload, prefetch = (
+        parser.parse_args(peer.command(asked)[2:])
+        for peer in all_peers()[:4]
+        if peer.name != "this plugin"
+    )
+    assert stock.cpu_offload_gb == stock.offload_group_size == 0
+    pool_gib = asked.shape.pool_bytes / 2**30
+    assert cpu_offload.cpu_offload_gb == pytest.approx(0.75 * pool_gib)
+    assert set(cpu_offload.cpu_offload_params) == {"experts"}
+    assert (prefetch.offload_group_size, prefetch.offload_num_in_group) == (4, 3)
+    assert set(prefetch.offload_params) == {"experts"}
+
+
+@pytest.mark.parametrize(
+    ("share", "layers", "expected"),
+    [(0.5, 16, (1, 2)), (0.25, 16, (3, 4)), (0, 16, (1, 1)), (1, 16, (1, 16)), (0.9, 4, (1, 4))],
+)
+def test_prefetch_offloads_the_share_nearest_to_the_asked(share, layers, expected):
+    assert groups(share, layers) == expected
+
+
+def test_kv_cache_holds_what_is_asked(tmp_path):
+    for shape in ("qwen3-30b-a3b", "deepseek-v2-lite"):
+        asked = setup(tmp_path, "--shape", shape, "--batches", "1", "32")
+        assert asked.kv_tokens >= 32 * (asked.short_prompt + asked.new_tokens)
+        assert asked.kv_tokens >= asked.context > asked.long_prompt
+        assert asked.kv_bytes < 2 << 30
+
+
+def test_absent_systems_say_what_would_help(tmp_path, monkeypatch):
+    for name in ("FREETOKEN", "KTRANSFORMERS", "LLAMA_CPP"):
+        monkeypatch.setenv(name, "nowhere")
+    absent = {peer.name: peer.absent(setup(tmp_path, has_gpu=False)) for peer in all_peers()}
+    assert absent["vLLM resident"] is absent["this plugin"] is None
+    assert absent["vLLM prefetch"].status == "needs a GPU"
+    for name in ("FreeToken", "KTransformers", "llama.cpp"):
+        assert absent[name].status == "not installed"
+        assert name.upper().replace(".", "_").removesuffix("_") in absent[name].remedy
+
+
+def questions():
+    return Questions(long=[PROMPT], short=[PROMPT] * 2, warm_up=[PROMPT] * 2)
+
+
+class FakePeer:
+    """A system out of one line of Python."""
+
+    name = "fake"
+    dialect = OpenAI("peer", returns_ids=True)
+
+    def __init__(self, code):
+        self.code = code
+
+    def absent(self, setup):
+        return None
+
+    def prepare(self, setup):
+        pass
+
+    def command(self, setup):
+        return [sys.executable, "-c", self.code]
+
+    def environment(self, setup):
+        return {}
+
+
+SERVER = """
+import sys, time, json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+start = time.monotonic()
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        loading = time.monotonic() < start + 1
+        self.send_response(503 if loading else 200); self.end_headers()
+        for n in range(0 if loading else asked["max_tokens"]):
+            time.sleep(0.02)
+            event = {"choices": [{"text": "x", "token_ids": [n]}]}
+            self.wfile.write(f"data: {json.dumps(event)}\\n\\n".encode()); self.wfile.flush()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def run_fake(tmp_path, code):
+    asked = setup(tmp_path, "--batches", "1", "2", "--new-tokens", "8", has_gpu=False)
+    return measure(FakePeer(code), asked, questions(), rounds=1, start_limit_s=20, idle_gpu_bytes=0)
+
+
+def test_a_system_is_measured_from_its_start_to_its_end(tmp_path):
+    row, replies = run_fake(tmp_path, SERVER)
+    assert row["status"] == "measured", row
+    assert row["ready_s"] >= 0.5  # it is healthy before it answers
+    assert row["host_bytes"] > 1 << 20
+    assert set(replies) == {1, 2}
+    rate = row["decode_tokens_per_s"]["1"]
+    assert rate is None or 0 < rate <= 1 / 0.02
+    assert row["first_token_s"] is None or row["first_token_s"] >= 0.02
+
+
+def test_a_system_that_fails_leaves_its_log(tmp_path):
+    row, replies = run_fake(tmp_path, "raise SystemExit('no such kernel')")
+    assert (row["status"], replies) == ("failed", {})
+    assert "no such kernel" in row["log"]
+
+
+def test_command_lines_do_not_tell_where_things_lie():
+    assert shown(["/a/b/vllm", "serve", "/tmp/x y/tiny"]) == "vllm serve tiny"
+
+
+def test_memory_of_a_process_and_its_children(tmp_path):
+    import subprocess
+
+    size = 64 << 20
+    child = f"x = bytearray(b'1') * {size}; print('ready', flush=True); import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            with PeakMemory(process.pid, 0) as memory, memory.quiet():
+                pass
+            assert size < memory.host_bytes < 3 * size
+        finally:
+            import os
+            import signal
+
+            os.killpg(process.pid, signal.SIGKILL)
+    assert proportional_bytes(process.pid) == 0
+
+
+# transformers behind HTTP.
+
+
+def test_requests_that_wait_together_are_one_batch(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = make_checkpoint(tmp_path, "qwen3_moe", num_layers=2, num_experts=4, top_k=2)
+    model = Model.__new__(Model)
+    model._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    asked = [([7, 8, 9], 6), ([11, 12, 13, 14, 15], 4)]
+
+    async def answers():
+        model._waiting = asyncio.Queue()
+        work = asyncio.create_task(model.serve())
+        queues = [model.ask(prompt, count) for prompt, count in asked]
+        found = [
+            [await queue.get() for _ in range(count)]
+            for queue, (_, count) in zip(queues, asked, strict=True)
+        ]
+        work.cancel()
+        return found
+
+    together = asyncio.run(answers())
+    for (prompt, count), found in zip(asked, together, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model._model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
+            eos_token_id=-1, pad_token_id=0,
+        )  # fmt: skip
+        assert found == alone[0, len(prompt) :].tolist()
+
+
+# The command and what it prints.
+
+
+def result():
+    measured = {
+        "status": "measured", "command": "x", "ready_s": 1.0, "first_token_s": 0.0123,
+        "decode_tokens_per_s": {"1": 50.0, "8": None}, "gpu_bytes": 3 << 30,
+        "host_bytes": 5 << 29, "host_taken_bytes": 1 << 30,
+    }  # fmt: skip
+    differs = {"by": "text", "same": 3, "answers": 9,
+               "first": {"position": 4, "batch": 1, "prompt": 0}}  # fmt: skip
+    machine = {"device": "CPU", "processor": "p", "torch": "t", "vllm": "v"}
+    return {
+        "machine": machine, "commit": "c", "shape_name": "tiny", "dtype": "float32", "share": 0.25,
+        "batches": [1, 8], "long_prompt": 256, "new_tokens": 64,
+        "systems": [
+            {"system": "vLLM resident", **measured, "is_reference": True},
+            {"system": "other", **measured, "agreement": differs},
+            {"system": "absent", "status": "not installed", "remedy": "Install it."},
+            {"system": "broken", "status": "failed", "log": "it hurts"},
+        ],
+    }  # fmt: skip
+
+
+def test_table_hides_no_system(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(result()))
+    monkeypatch.setattr("sys.argv", ["run.py", "--render", str(tmp_path / "r.json")])
+    assert main() == 0
+    text = capsys.readouterr().out
+    assert (
+        "| vLLM resident | 12.3 | 50.0 | machine too busy | 3.00 | 2.50 | 1.00 | reference |"
+        in (text)
+    )
+    assert "3 of 9 (text), first difference at 4" in text
+    assert "absent is not installed: Install it." in text
+    assert "it hurts" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(table.notes(result())) == 2
+
+
+def test_plot_holds_what_was_measured(tmp_path):
+    path = draw(result(), tmp_path / "r.json")
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    nothing = {**result(), "systems": result()["systems"][2:]}
+    assert draw(nothing, tmp_path / "n.json") is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--out", "x", "--share", "1.5"], ["--out", "x", "--only", "nobody"],
+     ["--out", "x", "--batches", "0"]],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused(arguments):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+
+
+def test_the_setup_fits_a_disk_of_64_gib():
+    shape = SHAPES[parse(["--out", "x"]).shape]
+    needed = 2 * checkpoint_size(shape)
+    assert needed < parse(["--out", "x"]).disk_gb * 1e9 < 64 << 30
+
+
+def checkpoint_size(shape):
+    config = shape._config() | {"model_type": "qwen3_moe"}
+    return sum(math.prod(sizes) for _, sizes in checkpoint.tensors(config)) * 2

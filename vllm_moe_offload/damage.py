@@ -1,0 +1,70 @@
+"""Find scales that no undamaged checkpoint holds, before they become answers.
+
+Legend: E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.kernels.formats import ExpertFormat, dequantise
+from vllm_moe_offload.kernels.quantised_mlp import QuantisedWeights
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A tensor of an expert with an impossible value."""
+
+    tensor: str
+    expert: int
+    problem: str
+
+
+def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]:
+    """Look at all scales [E, ...] of a layer.
+
+    NaN and infinity are damage everywhere, negative scales where a format has none: integers may
+    have negative scales, floats carry their sign in the codes. A scale of zero is damage where
+    weights under it are not all zero.
+    """
+    found = []
+    for name, view in views.items():
+        if name.partition("_")[2] not in ("scale", "global", "input"):
+            continue
+        for problem, bad_E in _tests(form, view.reshape(view.shape[0], -1)):
+            found += [Damage(name, e, problem) for e in bad_E.nonzero().flatten().tolist()]
+        found += _vanished(form, views, name)
+    return sorted(found, key=lambda damage: damage.expert)
+
+
+def _tests(form: ExpertFormat, scales: Tensor) -> list[tuple[str, Tensor]]:
+    if scales.dtype == torch.uint8:
+        return [("NaN", (scales == 255).any(1))]
+    values = scales.float()
+    tests = [("NaN", values.isnan().any(1)), ("infinity", values.isinf().any(1))]
+    if form.elements.startswith("e"):
+        tests.append(("a negative value", (values < 0).any(1)))
+    return tests
+
+
+def _vanished(form: ExpertFormat, views: dict[str, Tensor], name: str) -> list[Damage]:
+    """Experts in which a scale of zero hides weights."""
+    view = views[name]
+    if view.dtype == torch.uint8:
+        return []
+    experts = (view.float() == 0).reshape(view.shape[0], -1).any(1).nonzero().flatten().tolist()
+    hidden = []
+    for expert in experts:
+        row = {n: v[expert : expert + 1].clone() for n, v in views.items()}
+        whole = dict(row)
+        # With ones in place of the zeros, weights that appear were hidden by them.
+        row[name] = torch.where(row[name].float() == 0, 1.0, row[name].float()).to(view.dtype)
+        before, after = (QuantisedWeights.of(form, each) for each in (whole, row))
+        for a, b in ((before.w13, after.w13), (before.w2, after.w2)):
+            if not torch.equal(dequantise(a, form, 0) != 0, dequantise(b, form, 0) != 0):
+                hidden.append(Damage(name, expert, "zero over weights that are not"))
+                break
+        if name.endswith("_input"):
+            hidden.append(Damage(name, expert, "zero"))
+    return hidden

@@ -1,0 +1,82 @@
+"""Eviction: what the adaptive policy knows of all layers, beside the residency of each.
+
+Legend: L layers, E experts (the most of any layer), R orders.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_moe_offload.kernels.candidates import EXPERT_BITS, FIRST, HIT, LRU, MAX_AGE
+from vllm_moe_offload.kernels.learn import AS_LRU, ORDERS, AdaptiveTables, Standing
+from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.kernels.resolve import EvictionOrder
+
+
+class AdaptiveEviction:
+    """Learns from every step which residents to let go in the next, see ``kernels.learn``.
+
+    Args:
+        num_experts: local experts of each layer.
+        num_slots: slots of each layer, all of them open.
+        device: where the tables live.
+        operations: what runs there.
+    """
+
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        num_slots: Sequence[int],
+        device: torch.device,
+        operations: Operations,
+    ) -> None:
+        self.tables = AdaptiveTables.empty(num_experts, num_slots, device)
+        self._num_experts, self._num_slots = list(num_experts), list(num_slots)
+        self._learn = operations.learn
+
+    def order(self, layer: int) -> EvictionOrder:
+        """What the residency of a layer shares with the policy."""
+        return self.tables.order(layer, self._num_experts[layer])
+
+    def learn(self) -> None:
+        """Take in a step that all layers have resolved; never waits for the device."""
+        self._learn(self.tables)
+
+    def forget(self) -> None:
+        """Start to learn anew; residency stays."""
+        self.tables.forget()
+
+    def note_fill(self, layer: int, experts: torch.Tensor) -> None:
+        """Note that these experts, and no others, were put into the slots of a layer.
+
+        Args:
+            layer: its number.
+            experts: int32 on the device. As in residency the first counts as the most recently
+                used, and LRU's cache is filled alike.
+        """
+        age = 1 + torch.arange(experts.numel(), dtype=torch.int32, device=experts.device)
+        rank_RE = self.tables.rank_LRE[layer]
+        rank_RE[LRU, experts.long()] = ((MAX_AGE - age) << EXPERT_BITS) | experts
+        rank_RE[AS_LRU] = rank_RE[LRU]
+        self.tables.held_LE[layer] &= (1 << AS_LRU) - 1
+
+    def check_integrity(self) -> None:
+        """Raise unless ranks, LRU's cache, averages and the balance are such as can be."""
+        tables = self.tables
+        expert_E = torch.arange(tables.num_experts, device=tables.rank_LRE.device)
+        ranked = tables.rank_LRE & ((1 << EXPERT_BITS) - 1)
+        assert bool((ranked == expert_E).all()), "a rank is not that of its expert"
+        assert bool((tables.rank_LRE >= 0).all()), "a rank is below that of an empty slot"
+        lru_LE = (tables.held_LE >> AS_LRU) & 1
+        # It learns of slots that have closed with the next step, as does the balance below.
+        slots_L = torch.tensor(self._num_slots, device=lru_LE.device)
+        assert bool((lru_LE.sum(1) <= slots_L).all()), "LRU's cache outgrows the slots"
+        as_lru_LE = tables.rank_LRE[:, LRU] + FIRST * lru_LE
+        assert torch.equal(tables.rank_LRE[:, AS_LRU].long(), as_lru_LE.long())
+        for held_E, experts in zip(tables.held_LE, self._num_experts, strict=True):
+            assert not held_E[experts:].any(), "an expert is held that the layer does not have"
+        average = tables.average_LFE
+        assert bool(((average >= 0) & (average <= 1)).all()), "an average is out of range"
+        assert bool(((tables.row_L >= 0) & (tables.row_L < ORDERS)).all()), "there is no such order"
+        ceiling = HIT * (sum(self._num_slots) + tables.num_layers)
+        assert int(tables.standing[Standing.BALANCE]) <= ceiling, "the balance is above its ceiling"
