@@ -113,6 +113,19 @@ def test_checkpoint_with_a_bad_file(checkpoint, tmp_path, fault):
     assert "Download the" in message
 
 
+def test_nan_among_the_weights(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("qwen3_moe"), tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if MISSING in tensors:
+            tensors[MISSING][3, 1] = float("nan")
+            save_file(tensors, file, metadata={"format": "pt"})
+            damaged = file.name
+    message = refusal(tmp_path, "qwen3_moe", **offloaded())
+    assert f"the first is {MISSING} in {damaged}: it holds NaN" in message
+    assert "Download the checkpoint again" in message
+
+
 def test_missing_expert_tensor_is_noticed_without_the_headers(checkpoint, tmp_path, monkeypatch):
     """Checkpoints that are not on this disk are checked by what the loader has written."""
     from vllm_moe_offload.patches import admission
