@@ -4,8 +4,8 @@ Target: ``wait_for_engine_startup`` in vllm.v1.engine.utils.
 Versions: 0.32, 0.33.
 Why: the API server waits in pyzmq's poll, which drops what a signal handler raises, so SIGTERM is
     lost and SIGINT waits for the weights, of which an offloaded model has the more.
-How: meanwhile both signals kill the engine processes, whose end vLLM notices; what follows is the
-    exit that the signal asked for. Worker processes end with their engine, see worker_process.
+How: meanwhile both signals kill the engine processes, whose end vLLM notices; what follows is an
+    exit with the signal's status. Worker processes end with their engine, see worker_process.
 Can go: when vLLM ends on signals while its engines load.
 """
 
@@ -50,8 +50,7 @@ def _wait(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 raise
     if not received:
         return result
-    if received[0] == signal.SIGINT:
-        raise KeyboardInterrupt
+    # No KeyboardInterrupt: the context of vLLM's socket swallows it.
     raise SystemExit(128 + received[0])
 
 

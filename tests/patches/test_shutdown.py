@@ -52,16 +52,13 @@ def test_engine_that_starts(startup):
     assert not startup.process.killed
 
 
-@pytest.mark.parametrize(
-    ("number", "exit"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_signal_while_an_engine_starts(startup, number, exit):
+@pytest.mark.parametrize("number", engine_startup.SIGNALS)
+def test_signal_while_an_engine_starts(startup, number):
     startup.signal = number
-    with pytest.raises(exit) as raised:
+    with pytest.raises(SystemExit) as raised:
         startup.module.wait_for_engine_startup("socket", startup.launch)
     assert startup.process.killed
-    if exit is SystemExit:
-        assert raised.value.code == 128 + signal.SIGTERM
+    assert raised.value.code == 128 + number
 
 
 def test_engine_that_fails_by_itself(startup):
