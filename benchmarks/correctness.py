@@ -142,7 +142,7 @@ def _facts(worker: Any) -> dict[str, Any]:
     stats = engine.stats()
     facts = {"model_runner": type(worker.model_runner).__module__, **stats.as_dict()}
     if engine.device.type == "cuda":
-        mapped = [segment.device_rows(engine.device) for segment in engine.pool.segments]
+        mapped = [engine.pool.device_rows(s, engine.device) for s in engine.pool.segments]
         facts["pool_pinned"] = all(segment.rows_EB.is_pinned() for segment in engine.pool.segments)
         facts["pool_mapped"] = all(
             rows.is_cuda and torch.equal((rows + 0).cpu(), segment.rows_EB)

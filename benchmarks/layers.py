@@ -115,7 +115,7 @@ def gather_rates(engine: Any) -> dict[str, float]:
     from vllm_moe_offload.kernels.gather import gather
 
     segment = engine.pool.segments[0]
-    source = segment.device_rows(DEVICE)
+    source = engine.pool.device_rows(segment, DEVICE)
     target = torch.empty(96, source.shape[1], dtype=torch.uint8, device=DEVICE)
     rates = {}
     for rows in (1, 8, 96):

@@ -177,10 +177,10 @@ def check_recording(vllm_config: Any, config: MoeOffloadConfig) -> None:
 
 
 def check_checkpoint(vllm_config: Any) -> None:
-    """Refuse a checkpoint on disk that lacks an expert tensor.
+    """Refuse a checkpoint on disk that is cut off, or lacks a file or an expert tensor.
 
     Raises:
-        OffloadError: with the tensor's name.
+        OffloadError: with the name of the file or tensor.
     """
     folder = Path(vllm_config.model_config.model)
     if vllm_config.load_config.load_format == "dummy" or not folder.is_dir():

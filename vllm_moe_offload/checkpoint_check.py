@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from vllm_moe_offload.headers import complete, files_without_index, read_header, weight_map
+
 _PER_EXPERT = re.compile(r"^(?P<layer>.+\.experts?)\.(?P<expert>\d+)\.(?P<tensor>.+)$")
 
 
@@ -36,12 +38,18 @@ def missing_expert_tensors(names: Iterable[str], num_experts: int) -> list[str]:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Read the names in all safetensors headers of a checkpoint's folder."""
-    names: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            names.extend(tensors.keys())
-    return names
+    """Read the names in all safetensors headers of a checkpoint's folder.
+
+    Raises:
+        OffloadError: a file is cut off or damaged, or one of several is not there.
+    """
+    present = {file.name for file in folder.glob("*.safetensors")}
+    if not present:
+        return []
+    indexed = {*weight_map(folder).values()}
+    # An index beside other files alone belongs to a form of the checkpoint that is not here.
+    names = indexed if indexed & present else files_without_index(folder)
+    return [tensor.name for file in complete(folder, names) for tensor in read_header(file)]
 
 
 def file_of(folder: Path, name: str) -> str | None:

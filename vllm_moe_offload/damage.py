@@ -1,4 +1,4 @@
-"""Find scales that no undamaged checkpoint holds, before they become answers.
+"""Find weights and scales that no undamaged checkpoint holds, before they become answers.
 
 Legend: E experts.
 """
@@ -19,6 +19,38 @@ class Damage:
     tensor: str
     expert: int
     problem: str
+    half: int = 0
+    """Which half of the tensor's rows: gate or up."""
+
+
+def damaged_weights(views: dict[str, Tensor]) -> list[Damage]:
+    """Look for NaN and infinity in all weights and biases [E, ...] of a layer.
+
+    One sum an expert finds both: it is finite for finite terms, unless it overflows. Summing reads
+    memory at its full rate, which is little beside the disk that the weights have just come from.
+    """
+    found = []
+    for name, view in views.items():
+        if not view.is_floating_point() or view.dtype.itemsize < 2 or _is_scale(name):
+            continue
+        sum_E = torch.stack([expert.sum() for expert in view])
+        for expert in (~sum_E.isfinite()).nonzero().flatten().tolist():
+            found += _not_finite(name, expert, view[expert])
+    return sorted(found, key=lambda damage: damage.expert)
+
+
+def _not_finite(name: str, expert: int, weights: Tensor) -> list[Damage]:
+    rows = weights.reshape(weights.shape[0], -1)
+    bad = (~rows.isfinite()).nonzero()
+    if not bad.numel():
+        return []  # the sum itself was too large for its type
+    row, column = bad[0].tolist()
+    problem = "NaN" if rows[row, column].isnan() else "infinity"
+    return [Damage(name, expert, problem, half=2 * row // rows.shape[0])]
+
+
+def _is_scale(name: str) -> bool:
+    return name.partition("_")[2] in ("scale", "global", "input")
 
 
 def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]:
@@ -30,7 +62,7 @@ def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]
     """
     found = []
     for name, view in views.items():
-        if name.partition("_")[2] not in ("scale", "global", "input"):
+        if not _is_scale(name):
             continue
         for problem, bad_E in _tests(form, view.reshape(view.shape[0], -1)):
             found += [Damage(name, e, problem) for e in bad_E.nonzero().flatten().tolist()]

@@ -159,14 +159,14 @@ class OffloadEngine:
         """Pin the pool and make the layers ready to run. Idempotent."""
         if self._layers:
             return
-        if self.device.type == "cuda":
-            self.pool.register()
+        if self.device.type == "cuda" and (held := self.pool.register(self.device)):
+            self._say(_cost_of_unpinned(held, self.pool.num_bytes))
         self._eviction = self._make_eviction()
         beside = beside_on(self.device)
         self._layers = [self._ready(number, beside) for number in range(len(self.specs))]
         self._counters = Counters(self._layers, self.device)
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
-            rows = [segment.rows_EB for segment in self.pool.segments]
+            rows = [self.pool.source_rows(segment) for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
         self._prefetch = make_prefetch(
             self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
@@ -406,7 +406,7 @@ class OffloadEngine:
         order = self._eviction.order(number) if self._eviction is not None else None
         return OffloadedLayer(
             spec=spec,
-            pool_rows_EB=segment.device_rows(self.device),
+            pool_rows_EB=self.pool.device_rows(segment, self.device),
             slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
@@ -436,6 +436,15 @@ def describe(engine: OffloadEngine) -> str:
         f"{_size(budget.pool_bytes)} in the host pool, "
         f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
         f"{engine.device.type} memory, {_size(budget.staging_bytes)} of staging"
+    )
+
+
+def _cost_of_unpinned(held: int, total: int) -> str:
+    return (
+        f"CUDA refused to pin {_size(held)} of the host pool's {_size(total)}. These experts are "
+        "held in GPU memory as a whole, which leaves that much less to the KV cache. Raise the "
+        "limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or free host "
+        "memory."
     )
 
 

@@ -5,7 +5,7 @@ it; a mixin in front of it puts the weights into the host pool and hands the rou
 engine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from vllm_moe_offload import fill
 from vllm_moe_offload.checkpoint_check import file_of
-from vllm_moe_offload.damage import damaged_scales
+from vllm_moe_offload.damage import Damage, damaged_scales, damaged_weights
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
@@ -144,8 +144,9 @@ class OffloadMixin(FusedMoEMethodBase):
                 parameters[name].data = view
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that every expert has arrived. The rows are in kernel format as they are."""
+        """Check what has arrived. The rows are in kernel format as they are."""
         self._check_filled(layer)
+        self._check_weights(layer)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
 
     def _check_filled(self, layer: Any) -> None:
@@ -159,6 +160,28 @@ class OffloadMixin(FusedMoEMethodBase):
                 f"{len(missing)} expert tensors are missing, the first is {missing[0]}",
                 "Download the checkpoint again or repair it",
             )
+
+    def _check_weights(self, layer: Any) -> None:
+        segment = self.offload_engine.pool.segments[self.offload_layer]
+        self._refuse(layer, "weights", damaged_weights(segment.views()), {})
+
+    def _refuse(
+        self, layer: Any, what: str, damages: list[Damage], places: Mapping[str, str]
+    ) -> None:
+        """Refuse damages, if there are any; ``places`` names tensors as the loader fills them."""
+        if not damages:
+            return
+        first = damages[0]
+        place = places.get(first.tensor, first.tensor)
+        name = _checkpoint_name(layer, place, first.expert, first.half)
+        file = file_of(Path(get_current_vllm_config().model_config.model), name)
+        raise OffloadError(
+            "checkpoint",
+            self.offload_prefix,
+            f"{len(damages)} {what} of experts are damaged, the first is {name}"
+            f"{f' in {file}' if file else ''}: it holds {first.problem}",
+            "Download the checkpoint again or repair it",
+        )
 
     def apply(
         self,
@@ -224,6 +247,7 @@ class QuantisedOffloadMixin(OffloadMixin):
             self._check_filled(layer)
         scheme.put_in_order(segment.filled_views(), views, parameters)
         if not dummy:
+            self._check_weights(layer)
             self._check_scales(layer, views)
         # What dispatches tokens between workers leaves them as they are.
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
@@ -237,19 +261,8 @@ class QuantisedOffloadMixin(OffloadMixin):
 
     def _check_scales(self, layer: Any, views: dict[str, torch.Tensor]) -> None:
         scheme = self.offload_scheme
-        if not (damages := damaged_scales(scheme.format, views)):
-            return
-        first = damages[0]
-        place = scheme.places.get(first.tensor) or scheme.maxima[first.tensor]
-        name = _checkpoint_name(layer, place, first.expert, 0)
-        file = file_of(Path(get_current_vllm_config().model_config.model), name)
-        raise OffloadError(
-            "checkpoint",
-            self.offload_prefix,
-            f"{len(damages)} scales of experts are damaged, the first is {name}"
-            f"{f' in {file}' if file else ''}: it holds {first.problem}",
-            "Download the checkpoint again or repair it",
-        )
+        damages = damaged_scales(scheme.format, views)
+        self._refuse(layer, "scales", damages, {**scheme.maxima, **scheme.places})
 
 
 def _is_dummy() -> bool:

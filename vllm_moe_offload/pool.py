@@ -1,5 +1,9 @@
 """The host pool: every routed expert of the worker, one row an expert.
 
+A step takes rows straight out of pinned memory, by addresses that it finds itself: the host cannot
+help it to rows that are not pinned. Where the system refuses to pin a layer, that layer's rows are
+held by the GPU instead, as long as it has the memory.
+
 Legend: E local experts of a layer, B bytes of a row.
 """
 
@@ -44,12 +48,6 @@ class PoolSegment:
         """By name every tensor as the weight loader fills it, over the same rows."""
         return self.filled_as.views(self.rows_EB)
 
-    def device_rows(self, device: torch.device) -> Tensor:
-        """The same rows as the device addresses them; they must be registered."""
-        if device.type == "cpu":
-            return self.rows_EB
-        return torch.as_tensor(_MappedRows(self.rows_EB), device=device)
-
 
 class HostPool:
     """Owns the memory of all segments.
@@ -62,6 +60,7 @@ class HostPool:
     def __init__(self) -> None:
         self.segments: list[PoolSegment] = []
         self._registered: list[int] = []
+        self._on_device: dict[int, Tensor] = {}
         self._finalizer = weakref.finalize(self, _unregister, self._registered)
 
     @property
@@ -92,31 +91,75 @@ class HostPool:
         self.segments.append(PoolSegment(name, layout, rows_EB, filled_as or layout))
         return self.segments[-1]
 
-    def register(self) -> None:
-        """Pin all rows and map them into the GPU's address space.
+    def register(self, device: torch.device) -> int:
+        """Pin all rows and map them into the GPU's address space, or copy them to it. Idempotent.
+
+        Args:
+            device: the GPU. It holds the rows of layers that CUDA refuses to pin.
+
+        Returns:
+            Bytes of its memory that hold such rows.
 
         Raises:
-            OffloadError: CUDA refuses, with its reason and what was registered so far.
+            OffloadError: they do not fit. Nothing is pinned any more.
         """
-        for segment in self.segments:
-            address = segment.rows_EB.data_ptr()
-            if address in self._registered:
-                continue
-            status = torch.cuda.cudart().cudaHostRegister(
-                address, segment.num_bytes, _REGISTER_MAPPED
+        refused = [segment for segment in self.segments if not self._is_ready(segment)]
+        # A smaller layer may be pinned after a larger one was refused.
+        statuses = {segment.name: self._pin(segment) for segment in refused}
+        refused = [segment for segment in refused if statuses[segment.name]]
+        if not refused:
+            return self._bytes_on_device()
+        _forget_error(device)
+        needed, free = sum(s.num_bytes for s in refused), torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            pinned = len(self._registered)
+            self.close()
+            raise OffloadError(
+                "host pool",
+                f"{self.num_bytes} bytes",
+                f"CUDA refused to pin the experts of {refused[0].name} (error "
+                f"{statuses[refused[0].name]}); of {len(self.segments)} layers {pinned} could be "
+                f"pinned, and the {needed} bytes of the others do not fit into the {free} bytes "
+                "that are free on the GPU",
+                "Raise the limit on locked memory (ulimit -l unlimited, docker run --ulimit "
+                f"memlock=-1) to {self.num_bytes} bytes or more, free host memory, or lower "
+                "gpu_gb or cache_fraction to leave the GPU room",
             )
-            if int(status) != 0:
-                raise OffloadError(
-                    "host pool",
-                    f"{self.num_bytes} bytes",
-                    f"CUDA refused to pin the experts of {segment.name} "
-                    f"(error {int(status)}, {len(self._registered)} layers pinned before it)",
-                    "Raise the limit on locked memory (ulimit -l) or free host memory",
-                )
+        for segment in refused:
+            self._on_device[segment.rows_EB.data_ptr()] = segment.rows_EB.to(device, copy=True)
+        return self._bytes_on_device()
+
+    def device_rows(self, segment: PoolSegment, device: torch.device) -> Tensor:
+        """A layer's rows as the device addresses them; they must be registered."""
+        held = self._on_device.get(segment.rows_EB.data_ptr())
+        if held is not None:
+            return held
+        if device.type == "cpu":
+            return segment.rows_EB
+        return torch.as_tensor(_MappedRows(segment.rows_EB), device=device)
+
+    def source_rows(self, segment: PoolSegment) -> Tensor:
+        """A layer's rows as the copy engine reads them: pinned, or on the GPU."""
+        return self._on_device.get(segment.rows_EB.data_ptr(), segment.rows_EB)
+
+    def _is_ready(self, segment: PoolSegment) -> bool:
+        address = segment.rows_EB.data_ptr()
+        return address in self._registered or address in self._on_device
+
+    def _pin(self, segment: PoolSegment) -> int:
+        """Register a layer; CUDA's status, 0 for success."""
+        address = segment.rows_EB.data_ptr()
+        status = torch.cuda.cudart().cudaHostRegister(address, segment.num_bytes, _REGISTER_MAPPED)
+        if int(status) == 0:
             self._registered.append(address)
+        return int(status)
+
+    def _bytes_on_device(self) -> int:
+        return sum(rows_EB.numel() for rows_EB in self._on_device.values())
 
     def close(self) -> None:
         """Unpin the memory; it is freed with the last tensor that views it."""
+        self._on_device.clear()
         self._finalizer()
 
     def check_integrity(self) -> None:
@@ -157,6 +200,12 @@ class _MappedRows:
             "data": (rows_EB.data_ptr(), False),
             "version": 3,
         }
+
+
+def _forget_error(device: torch.device) -> None:
+    """Take the refusal that CUDA remembers, or the next kernel's launch would report it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _unregister(addresses: list[int]) -> None:

@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_names
 from vllm_moe_offload.checkpoints import make_checkpoint
+from vllm_moe_offload.errors import OffloadError
 
 DENSE = ["model.embed_tokens.weight", "model.layers.0.mlp.gate.weight", "lm_head.weight"]
 EXPERTS = 4
@@ -69,3 +70,48 @@ def test_checkpoint_that_lacks_a_tensor(tmp_path):
 
 def test_folder_without_safetensors(tmp_path):
     assert tensor_names(tmp_path) == []
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Files of a small checkpoint, the index left out of the list."""
+    make_checkpoint(tmp_path, "qwen3_moe", num_layers=2, hidden_size=64, intermediate_size=32)
+    found = sorted(tmp_path.glob("*.safetensors"))
+    assert len(found) > 1
+    return found
+
+
+def refusal(folder):
+    with pytest.raises(OffloadError) as error:
+        tensor_names(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, -1])
+def test_file_that_is_cut_off(shards, left):
+    shards[0].write_bytes(shards[0].read_bytes()[:left])
+    message = refusal(shards[0].parent)
+    assert str(shards[0]) in message
+    assert "Download the checkpoint again" in message
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_missing_shard(shards, has_index):
+    shards[1].unlink()
+    if not has_index:
+        (shards[1].parent / "model.safetensors.index.json").unlink()
+    message = refusal(shards[1].parent)
+    assert shards[1].name in message
+    assert "Download the missing files" in message
+
+
+def test_files_that_no_index_names_are_not_read(shards):
+    (shards[0].parent / "consolidated.safetensors").write_bytes(b"something else")
+    assert missing_expert_tensors(tensor_names(shards[0].parent), 8) == []
+
+
+def test_index_of_files_that_are_not_here(shards):
+    names = tensor_names(shards[0].parent)
+    for number, shard in enumerate(shards):
+        shard.rename(shard.with_name(f"consolidated{number}.safetensors"))
+    assert sorted(tensor_names(shards[0].parent)) == sorted(names)

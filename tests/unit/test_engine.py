@@ -4,6 +4,7 @@ Legend: T tokens, K choices a token, E experts, H hidden size, I intermediate si
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -493,3 +494,38 @@ def test_staging_too_small_for_two_experts(monkeypatch):
     assert "staging_mb = 1.5: " in message
     assert "two experts of 1.0 MiB each" in message
     assert "Give at least 2, or auto" in message
+
+
+def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
+    """Its rows come from where the device holds them."""
+    layers = [example_layer(8), example_layer(6)]
+    statuses = iter([0, 2])
+    fake = SimpleNamespace(
+        cudaHostRegister=lambda *_: next(statuses), cudaHostUnregister=lambda _: 0
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 1 << 30))
+    finish_loading = OffloadEngine.finish_loading
+
+    def finish_as_on_a_gpu(engine):
+        assert engine.pool.register(HOST) == engine.pool.segments[1].num_bytes
+        finish_loading(engine)
+
+    monkeypatch.setattr(OffloadEngine, "finish_loading", finish_as_on_a_gpu)
+    engine = make_engine(layers, cache_fraction=0.25)
+    # Nobody reads the rows that were not pinned.
+    engine.pool.segments[1].rows_EB.fill_(POISON)
+    for seed, tokens in enumerate((3, 80, 5)):
+        for number, layer in enumerate(layers):
+            ids_TK = torch.randint(layer.shape.experts, (tokens, 2))
+            x_TH, weight_TK = inputs(layer, ids_TK, seed)
+            y_TH = engine.run(number, x_TH, weight_TK, ids_TK)
+            assert same_bits(y_TH, layer.run(x_TH, weight_TK, ids_TK))
+    engine.close()
+
+
+def test_cost_of_memory_that_cannot_be_pinned():
+    said = engine_module._cost_of_unpinned(3 << 30, 8 << 30)
+    assert "refused to pin 3.0 GiB of the host pool's 8.0 GiB" in said
+    assert "less to the KV cache" in said
+    assert "memlock" in said

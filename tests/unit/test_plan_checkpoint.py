@@ -8,7 +8,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.plan.checkpoint import find_folder, read_checkpoint, read_header
+from vllm_moe_offload.headers import read_header
+from vllm_moe_offload.plan.checkpoint import find_folder, read_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

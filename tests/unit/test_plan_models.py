@@ -17,11 +17,12 @@ from vllm_moe_offload.checkpoints import MOE_FAMILIES, make_checkpoint
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.headers import StoredTensor
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.layout import ROW_ALIGNMENT, TENSOR_ALIGNMENT, ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec
 from vllm_moe_offload.plan import tensors as plan_tensors
-from vllm_moe_offload.plan.checkpoint import Checkpoint, StoredTensor, read_checkpoint
+from vllm_moe_offload.plan.checkpoint import Checkpoint, read_checkpoint
 from vllm_moe_offload.plan.model import Model, describe, element_size
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH = 4, 8, 2, 96, 40

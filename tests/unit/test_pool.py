@@ -69,7 +69,7 @@ def test_row_of_a_layer_and_expert(pool):
     segment.views()["w"][2, 39] = 1.5
     start = 39 * 4
     assert segment.rows_EB[2, start : start + 4].view(torch.float32).item() == 1.5
-    assert segment.device_rows(HOST).data_ptr() == segment.rows_EB.data_ptr()
+    assert pool.device_rows(segment, HOST).data_ptr() == segment.rows_EB.data_ptr()
 
 
 def test_sizes(pool):
@@ -113,36 +113,82 @@ def test_more_than_the_address_space(monkeypatch):
 
 
 def test_register(pool, cudart):
-    pool.register()
+    pool.register(HOST)
     assert cudart.calls == [
         (segment.rows_EB.data_ptr(), segment.num_bytes, 2) for segment in pool.segments
     ]
 
 
 def test_register_again_pins_only_what_is_new(pool, cudart):
-    pool.register()
+    pool.register(HOST)
     added = pool.add("d", SMALL, 1)
-    pool.register()
+    pool.register(HOST)
     assert len(cudart.calls) == 4
     assert cudart.calls[-1][0] == added.rows_EB.data_ptr()
 
 
-def test_registration_refused_half_way(pool, cudart):
+@pytest.fixture
+def room(monkeypatch):
+    """Sets the bytes that are free on the GPU."""
+
+    def give(free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1 << 40))
+
+    return give
+
+
+def test_layer_that_cannot_be_pinned_is_held_by_the_gpu(pool, cudart, room):
     cudart.refuse = (1,)
+    a, b, c = pool.segments
+    b.rows_EB.random_(256)
+    room(b.num_bytes)
+    assert pool.register(HOST) == b.num_bytes
+    assert cudart.pinned == [a.rows_EB.data_ptr(), c.rows_EB.data_ptr()]
+    for rows_EB in (pool.device_rows(b, HOST), pool.source_rows(b)):
+        assert rows_EB.data_ptr() != b.rows_EB.data_ptr()
+        assert torch.equal(rows_EB, b.rows_EB)
+    for segment in (a, c):
+        assert pool.device_rows(segment, HOST) is pool.source_rows(segment) is segment.rows_EB
+    # What is held is not tried again.
+    assert pool.register(HOST) == b.num_bytes
+    assert len(cudart.calls) == 3
+    pool.close()
+    assert cudart.pinned == []
+    assert pool.device_rows(b, HOST) is b.rows_EB
+
+
+def test_layer_that_can_be_neither_pinned_nor_held(pool, cudart, room):
+    cudart.refuse = (1, 2)
+    held = sum(segment.num_bytes for segment in pool.segments[1:])
+    room(held - 1)
     with pytest.raises(OffloadError) as error:
-        pool.register()
+        pool.register(HOST)
     message = str(error.value)
     assert f"host pool = {pool.num_bytes} bytes: " in message
-    assert "the experts of b " in message
-    assert "error 2, 1 layers pinned before it" in message
-    assert "ulimit -l" in message
-    assert cudart.pinned == [pool.segments[0].rows_EB.data_ptr()]
-    pool.close()
+    assert "the experts of b (error 2); of 3 layers 1 could be pinned" in message
+    assert f"the {held} bytes of the others do not fit into the {held - 1} bytes" in message
+    assert "ulimit -l unlimited" in message
+    assert "memlock=-1" in message
     assert cudart.pinned == []
 
 
+def test_refusal_is_not_reported_again_by_the_next_launch(pool, cudart, room, monkeypatch):
+    """CUDA remembers its last error until somebody asks for it."""
+    cudart.refuse = (0,)
+    room(1 << 30)
+    launches = []
+
+    def zeros(*_args, **_kwargs):
+        launches.append(len(cudart.calls))
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert pool.register(HOST) == pool.segments[0].num_bytes
+    assert launches == [3], "asked once, after the last refusal"
+
+
 def test_close_unpins_once(pool, cudart):
-    pool.register()
+    pool.register(HOST)
     assert len(cudart.pinned) == 3
     pool.close()
     assert cudart.pinned == []
@@ -161,7 +207,7 @@ def test_memory_outlives_close_while_it_is_viewed(pool):
 def test_forgotten_pool_is_unpinned(cudart):
     pool = HostPool()
     pool.add("a", SMALL, 1)
-    pool.register()
+    pool.register(HOST)
     assert len(cudart.pinned) == 1
     del pool
     gc.collect()

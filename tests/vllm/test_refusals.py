@@ -1,6 +1,8 @@
 """What real engines refuse, and that they do so before weights are loaded."""
 
 import json
+import os
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,33 @@ def test_checkpoint_without_one_expert_tensor(checkpoint, tmp_path):
     message = refusal(tmp_path, "qwen3_moe", **offloaded())
     assert MISSING in message
     assert "Download" in message
+
+
+@pytest.mark.usefixtures("no_weights_loaded")
+@pytest.mark.parametrize("fault", ["cut off", "missing"])
+def test_checkpoint_with_a_bad_file(checkpoint, tmp_path, fault):
+    shutil.copytree(checkpoint("qwen3_moe"), tmp_path, dirs_exist_ok=True)
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    if fault == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    message = refusal(tmp_path, "qwen3_moe", **offloaded())
+    assert file.name in message
+    assert "Download the" in message
+
+
+def test_nan_among_the_weights(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("qwen3_moe"), tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if MISSING in tensors:
+            tensors[MISSING][3, 1] = float("nan")
+            save_file(tensors, file, metadata={"format": "pt"})
+            damaged = file.name
+    message = refusal(tmp_path, "qwen3_moe", **offloaded())
+    assert f"the first is {MISSING} in {damaged}: it holds NaN" in message
+    assert "Download the checkpoint again" in message
 
 
 def test_missing_expert_tensor_is_noticed_without_the_headers(checkpoint, tmp_path, monkeypatch):

@@ -1,52 +1,19 @@
 """``vllm serve`` with the plugin, over HTTP."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.resources import files
-from pathlib import Path
 
 import httpx
 import pytest
-from cpu_settings import env
 from prometheus_client.parser import text_string_to_metric_families
+from serving import MAX_TOKENS, cancel_half_way, complete, serve
 
 from vllm_moe_offload import cli
-from vllm_moe_offload.demo.server import free_port
 from vllm_moe_offload.metrics.families import PREFIX
 
 REQUESTS = 32
-MAX_TOKENS = 24
-
-
-@contextmanager
-def serve(path, log, *options):
-    """A server of its own; its URL."""
-    port = free_port()
-    # The plugin's option comes before the model here; the demo has it after.
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", "--plugin", "moe-offload",
-               str(path), "--moe-offload-cache-fraction", "0.25", "--dtype", "float32",
-               "--enforce-eager", "--max-model-len", "256", "--port", str(port),
-               "--kv-cache-memory-bytes", str(64 << 20), *options]  # fmt: skip
-    variables = env("olmoe") | {"VLLM_SERVER_DEV_MODE": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_health(url, process, log)
-        yield url
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()[-4000:]
-    finally:
-        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -57,47 +24,6 @@ def server(checkpoint, tmp_path_factory):
     text = log.read_text()
     assert "MoE layers of 8 experts" in text
     assert "active experts were in slots" in text
-
-
-def wait_for_health(url, process, log):
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    pytest.fail(log.read_text()[-4000:])
-
-
-def body(number, **more):
-    prompt = [3 + (number * 17 + i * (number + 3)) % 500 for i in range(1 + 3 * number % 40)]
-    return {
-        "prompt": prompt,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **more,
-    }
-
-
-def complete(url, number):
-    answer = httpx.post(f"{url}/v1/completions", json=body(number), timeout=120)
-    answer.raise_for_status()
-    return answer.json()["choices"][0]["token_ids"]
-
-
-def cancel_half_way(url, number):
-    """Read a few events of a stream and hang up."""
-    request = body(number, stream=True, max_tokens=200)
-    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=120) as stream:
-        for events, line in enumerate(stream.iter_lines()):
-            if line.startswith("data: {"):
-                json.loads(line.removeprefix("data: "))
-            if events >= 6:
-                return
 
 
 def test_concurrent_answers_equal_those_of_the_request_alone(server):

@@ -87,9 +87,10 @@ def _measure_gpu(number: int, available_bytes: int) -> Rates:
             layout = ExpertLayout.pack([("row", (ROW_BYTES,), torch.uint8)])
             host = pool.add("the measurement", layout, rows)
             host.rows_EB.zero_()
-            pool.register()
+            if pool.register(device):
+                raise RuntimeError(f"CUDA refused to pin {host.num_bytes} bytes")
             on_gpu = torch.zeros_like(host.rows_EB, device=device)
-            mapped = host.device_rows(device)
+            mapped = pool.device_rows(host, device)
             rate = {
                 name: host.num_bytes / _seconds(work)
                 for name, work in _ways(host.rows_EB, mapped, on_gpu).items()

@@ -1,43 +1,25 @@
 """Find a checkpoint on this machine and read its config and safetensors headers, no weights."""
 
-import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.headers import (
+    INDEX,
+    REPAIR,
+    StoredTensor,
+    complete,
+    files_without_index,
+    read_header,
+    read_json,
+    weight_map,
+)
 
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
-"""As in the safetensors library; more is no header."""
-
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-}
-"""Bits an element by safetensors' name of the type."""
-
-_INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors$")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_REPAIR = "Download the checkpoint again or repair it"
-
-
-class StoredTensor(NamedTuple):
-    """A tensor as a header describes it; ``dtype`` is safetensors' name, such as BF16."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,16 +42,16 @@ def read_checkpoint(model: str, environment: Mapping[str, str] = os.environ) -> 
         OffloadError: it is not here, or not whole, with what to do.
     """
     folder = find_folder(model, environment)
-    config = _read_json(folder / "config.json", "Give a folder in Hugging Face's format")
-    names = _weight_map(folder)
-    files = _complete(folder, {*names.values()} or _safetensors_files(folder))
+    config = read_json(folder / "config.json", "Give a folder in Hugging Face's format")
+    names = weight_map(folder)
+    files = complete(folder, {*names.values()} or files_without_index(folder))
     tensors = tuple(tensor for file in files for tensor in read_header(file))
     if lost := sorted(set(names) - {tensor.name for tensor in tensors}):
         raise OffloadError(
             "checkpoint",
             folder,
-            f"{len(lost)} tensors of {_INDEX} are in no file, the first is {lost[0]}",
-            _REPAIR,
+            f"{len(lost)} tensors of {INDEX} are in no file, the first is {lost[0]}",
+            REPAIR,
         )
     return Checkpoint(folder, config, tensors)
 
@@ -96,44 +78,6 @@ def find_folder(model: str, environment: Mapping[str, str]) -> Path:
     raise OffloadError("model", model, problem, remedy)
 
 
-def read_header(file: Path) -> Iterator[StoredTensor]:
-    """Read the tensors of a safetensors file and check that the file holds all their bytes.
-
-    Raises:
-        OffloadError: the header or the data is cut off or damaged.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(_LENGTH_BYTES)
-        length = int.from_bytes(start, "little")
-        if start.startswith(b"version "):
-            raise OffloadError(
-                "checkpoint", file, "it is a Git LFS pointer, not the weights", "Run git lfs pull"
-            )
-        if len(start) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise OffloadError("checkpoint", file, "the header is cut off or damaged", _REPAIR)
-        text = stream.read(length)
-    try:
-        tensors = [_stored(name, entry) for name, entry in json.loads(text).items()
-                   if name != "__metadata__"]  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise OffloadError("checkpoint", file, "the header is damaged", _REPAIR) from None
-    expected = _LENGTH_BYTES + length + sum(tensor.num_bytes for tensor in tensors)
-    if size != expected:
-        problem = f"its header tells of {expected} bytes, but it has {size}"
-        raise OffloadError("checkpoint", file, problem, _REPAIR)
-    yield from tensors
-
-
-def _stored(name: str, entry: Mapping[str, Any]) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    tensor = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin)
-    bits = _BITS.get(tensor.dtype)
-    if bits is not None and tensor.num_bytes * 8 != math.prod(tensor.shape) * bits:
-        raise ValueError(name)
-    return tensor
-
-
 def _hub_cache(environment: Mapping[str, str]) -> Path:
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environment.get(name):
@@ -142,52 +86,3 @@ def _hub_cache(environment: Mapping[str, str]) -> Path:
     if not home:
         home = str(Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     return Path(home).expanduser() / "hub"
-
-
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    """Files by tensor name as the index has it; empty if there is no index."""
-    index = folder / _INDEX
-    if not index.is_file():
-        return {}
-    names = _read_json(index, _REPAIR).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise OffloadError("checkpoint", index, "it has no weight_map", _REPAIR)
-    return names
-
-
-def _safetensors_files(folder: Path) -> set[str]:
-    """Names of the files, and of those that must be there by the numbers of the others."""
-    found = {file.name for file in folder.glob("*.safetensors")}
-    if not found:
-        raise OffloadError(
-            "checkpoint",
-            folder,
-            "it holds no safetensors file",
-            "Download or convert the weights as safetensors; other formats cannot be planned",
-        )
-    shards = [match for name in sorted(found) if (match := _SHARD.match(name))]
-    return found | {
-        f"{shard['stem']}-{number:05}-of-{shard['total']}.safetensors"
-        for shard in shards
-        for number in range(1, int(shard["total"]) + 1)
-    }
-
-
-def _complete(folder: Path, names: set[str]) -> list[Path]:
-    files = [folder / name for name in sorted(names)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        problem = f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"
-        raise OffloadError("checkpoint", folder, problem, "Download the missing files")
-    return files
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise OffloadError("checkpoint", file.parent, f"it has no {file.name}", remedy) from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise OffloadError("checkpoint", file, "it is no valid JSON object", _REPAIR)
-    return content

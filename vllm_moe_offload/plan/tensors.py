@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vllm_moe_offload.plan.checkpoint import StoredTensor
+from vllm_moe_offload.headers import StoredTensor
 
 TENSOR_ALIGNMENT = 256
 ROW_ALIGNMENT = 4096
