@@ -1,4 +1,7 @@
-"""What a running server survives, and how it ends: requests of every kind, signals, kills."""
+"""What a server survives, and how it ends: requests of every kind, signals, kills.
+
+Servers take most of the time here: what can be asked of one that goes on is asked of the same.
+"""
 
 import json
 import os
@@ -33,6 +36,8 @@ from vllm_moe_offload.lifeline import GRACE_S, is_orphaned
 REQUESTS = 500
 DIFFERENT = 20
 CLIENTS = 48
+LONG = 200
+"""Tokens of a long answer."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def cancelled(url, number):
 
 def given_up(url, number):
     """The client hangs up before there is an answer."""
-    text = json.dumps(body(number, max_tokens=200))
+    text = json.dumps(body(number, max_tokens=LONG))
     hang_up(url, f"Content-Length: {len(text)}\r\n\r\n{text}", after=0.01 * number)
 
 
@@ -129,15 +134,28 @@ KINDS = [plain, streamed, plain, cancelled, streamed, given_up, too_long, half_s
          no_json]  # fmt: skip
 
 
-def gauges(url):
+def metrics(url, *names):
     text = CLIENT.get(f"{url}/metrics").text
-    return {
+    found = {
         sample.name.removeprefix("vllm:"): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name
-        in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        if sample.name.removeprefix("vllm:") in names
     }
+    assert len(found) == len(names), found
+    return found
+
+
+def is_idle(url):
+    """Whether nothing is left of any request."""
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return not any(metrics(url, *gauges).values())
+
+
+def statistics(url):
+    answer = CLIENT.post(f"{url}/collective_rpc", json={"method": "moe_offload_stats"})
+    (stats,) = answer.json()["results"]
+    return stats
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +183,23 @@ def test_mixed_requests_lose_and_corrupt_nothing(server):
     assert all(answer == alone[number] for answer, number in told)
 
     # Whoever hung up is forgotten, and has left nothing behind.
-    server.wait_until(lambda: set(gauges(url).values()) == {0.0}, 30)
-    assert len(gauges(url)) == 3
+    server.wait_until(lambda: is_idle(url), 30)
     assert [complete(url, number) for number in range(DIFFERENT)] == alone
-    (stats,) = CLIENT.post(f"{url}/collective_rpc", json={"method": "moe_offload_stats"}).json()[
-        "results"
-    ]
+    stats = statistics(url)
     assert stats["active"] == stats["hits"] + stats["misses"] > 0
+
+
+def test_clients_that_hang_up_are_not_served_on(server):
+    url, clients = server.url, 8
+
+    def generated():
+        return metrics(url, "generation_tokens_total")["generation_tokens_total"]
+
+    before = generated()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(lambda number: cancel_half_way(url, number), range(clients)))
+    server.wait_until(lambda: is_idle(url), 30)
+    assert 3 * clients <= generated() - before < LONG * clients / 2
 
 
 @contextmanager
@@ -183,7 +211,7 @@ def load(url) -> Iterator[None]:
     def client(number):
         while not stop.is_set():
             try:
-                for _ in stream(url, number, max_tokens=200):
+                for _ in stream(url, number, max_tokens=LONG):
                     busy[number].set()
             except (httpx.TransportError, AssertionError):
                 return
