@@ -96,16 +96,16 @@ def test_steps_leave_no_memory_behind(options):
     tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
     tracemalloc.start()
     try:
-        run(engine, range(50, 100))
+        run(engine, range(50, 600))  # What is bounded has filled.
         engine.stats()
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        run(engine, range(100, 600))
+        run(engine, range(600, 1100))
         engine.stats()
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) == tensors
-    # Less than the smallest object a step.
-    assert after - before < 32 * 500
+    # Less than a pointer a step.
+    assert after - before < 8 * 500
