@@ -60,9 +60,12 @@ def prediction(name: str, options: dict[str, Any], path: str = "") -> list[Job]:
             (f"lru {share}", plans, _policy("lru")),
             (f"adaptive {share}", plans, _policy("adaptive")),
             *((f"{p} {share}", plans, {"predictor": p, **one}) for p in ("markov", "eam", "gate")),
-            (f"none, one sequence {share}", alone, {}),
-            *((f"{p} auto {share}", alone, {"predictor": p}) for p in ("markov", "gate")),
         ]
+        if share == min(SHARES):
+            asked += [
+                (f"none, one sequence {share}", alone, {}),
+                *((f"{p} auto {share}", alone, {"predictor": p}) for p in ("markov", "gate")),
+            ]
         jobs += [
             {**plugin(share, name, wanted, {**options, **special}), "name": label}
             for label, wanted, special in asked
@@ -97,7 +100,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     best = min((name for name in ("lru 0.25", "adaptive 0.25") if name in seconds),
                key=lambda name: seconds[name], default="lru 0.25")  # fmt: skip
     faster = ratio("cpu-offload 0.25", best)
-    costs = {f"share {s}": ratio(f"gate auto {s}", f"none, one sequence {s}") for s in SHARES}
+    share = min(SHARES)
+    costs = {f"share {share}": ratio(f"gate auto {share}", f"none, one sequence {share}")}
     known = [cost for cost in costs.values() if cost is not None]
     return [
         {

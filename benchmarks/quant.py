@@ -127,11 +127,11 @@ _QWEN = (16, 128, 8, 2048, 768, 32, 4)
 
 QUANT_SHAPES: dict[str, QuantShape] = {
     "qwen3-30b-a3b-16-fp8": QuantShape(
-        *_QWEN, quantization=_fp8(16), backends=("auto", "triton", "deep_gemm"),
+        *_QWEN, quantization=_fp8(16), backends=("auto", "triton"),
         bits_per_weight=8 + 32 / 128**2,
     ),
     "qwen3-30b-a3b-16-w4a16": QuantShape(
-        *_QWEN, quantization=_w4a16(128), backends=("auto", "marlin"),
+        *_QWEN, quantization=_w4a16(128), backends=("auto",),
         bits_per_weight=4 + 16 / 128,
     ),
     "gpt-oss-120b-12-mxfp4": GptOssShape(
@@ -232,7 +232,12 @@ def real_shapes() -> list[str]:
 
 
 def measure(
-    out: Path, names: Iterable[str], options: dict[str, Any], origin: dict[str, Any]
+    out: Path,
+    names: Iterable[str],
+    options: dict[str, Any],
+    origin: dict[str, Any],
+    *,
+    together: int = 1,
 ) -> dict[str, Any]:
     """Run the suite; the file holds what there is after each process.
 
@@ -241,6 +246,7 @@ def measure(
         names: shapes.
         options: of the plugin.
         origin: where and of what the result is.
+        together: servers that start at once; one is measured.
     """
     jobs.SCRIPT = str(SERVER)
     SHAPES.update(QUANT_SHAPES)
@@ -249,7 +255,9 @@ def measure(
     processes: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     start = time.monotonic()
-    for done in jobs.run_all([j for n in names for j in quant(n, options)], time_limit=TIME_LIMIT):
+    memory = jobs.Memory.of_this_machine(together)
+    planned = [job for name in names for job in quant(name, options)]
+    for done in jobs.run_all(planned, memory, time_limit=TIME_LIMIT):
         rows += done.pop("rows")
         processes.append(done)
         state = "done" if done["exit"] == 0 else f"failed ({done['exit']})\n{done['log']}"

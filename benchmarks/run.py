@@ -77,7 +77,8 @@ def quantised(args: argparse.Namespace) -> int:
     from machine import provenance
 
     names = args.only or quant.real_shapes()
-    result = quant.measure(args.out, names, args.option, provenance(args.commit))
+    origin = provenance(args.commit)
+    result = quant.measure(args.out, names, args.option, origin, together=args.together)
     report.show(result)
     failed = [v for v in result["targets"] if v["passed"] is False]
     return 1 if failed or report.failures(result["processes"]) else 0

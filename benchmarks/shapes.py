@@ -120,6 +120,7 @@ SHAPES: dict[str, Shape] = {
     "qwen3-30b-a3b": Shape(48, 128, 8, 2048, 768, 32, 4),
     # With as many choices as its recorded trace has.
     "qwen3-30b-a3b-top6": Shape(48, 128, 6, 2048, 768, 32, 4),
+    "qwen3-30b-a3b-16-top6": Shape(16, 128, 6, 2048, 768, 32, 4),
     "mixtral-8x7b-4": Shape(4, 8, 2, 4096, 14_336, 32, 8, vocabulary=32_000),
     "deepseek-v2-lite": LatentShape(27, 64, 6, 2048, 1408, 16, 16, vocabulary=102_400),
     # For trying the benchmarks out where there is no GPU.
