@@ -16,7 +16,7 @@ SCRIPT = str(Path(__file__).with_name("timed_server.py"))
 LOG_TAIL = 3000
 """Characters of a failed process's log that are kept."""
 
-TIME_LIMIT = 240.0
+TIME_LIMIT = 360.0
 """Seconds that a job may take to get ready, and again to be measured."""
 
 GIB = 1 << 30
