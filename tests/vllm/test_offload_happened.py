@@ -59,7 +59,10 @@ def test_no_other_tensor_is_as_large_as_a_layers_experts(worker):
     shapes = {(s.num_experts, *t.shape) for s in offload.specs for t in s.layout.tensors
               if len(t.shape) == 2}  # fmt: skip
     for tensor in gc.get_objects():
-        if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) in shapes:
+        # On the meta device vLLM remembers what parameters are like; such a tensor has no memory.
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            continue
+        if tuple(tensor.shape) in shapes:
             assert tensor.untyped_storage().data_ptr() in ours, (tensor.shape, layer)
 
 
