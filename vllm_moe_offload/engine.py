@@ -32,7 +32,7 @@ from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
-from vllm_moe_offload.prefetch import Prefetch
+from vllm_moe_offload.prefetch import Prefetch, row_seconds
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -41,7 +41,10 @@ from vllm_moe_offload.sweep import Sweep
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, in experts and bytes; ``active = hits + misses``."""
+    """Counts since the start, in experts and bytes; ``active = hits + misses``.
+
+    See ``LayerCounts`` for what each of them counts.
+    """
 
     layers: int
     experts_in_pool: int
@@ -60,8 +63,11 @@ class EngineStats:
     prefetch_bytes: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
+    found: int = 0
+    foreseeable: int = 0
+    transfer_seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, float]:
         """All fields by name."""
         return asdict(self)
 
@@ -74,6 +80,16 @@ class EngineStats:
     def hit_ratio(self) -> float:
         """Share of the active experts that were in a slot."""
         return self.hits / self.active if self.active else 0.0
+
+    @property
+    def precision(self) -> float | None:
+        """Share of what was brought in ahead that a step then read; None if nothing was."""
+        return self.prefetch_hits / self.prefetched if self.prefetched else None
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of what was asked for that had been predicted; None without predictions."""
+        return self.found / self.foreseeable if self.foreseeable else None
 
 
 class OffloadEngine:
@@ -161,7 +177,7 @@ class OffloadEngine:
             self.pool.register()
         self._eviction = self._make_eviction()
         self._layers = [self._ready(number) for number in range(len(self.specs))]
-        self._counters = Counters(self._layers, self.device)
+        self._counters = Counters(self._layers, self.device, self._row_seconds())
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [segment.rows_EB for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
@@ -304,6 +320,9 @@ class OffloadEngine:
             prefetch_bytes=prefetch_bytes,
             prefetched=sum(layer.prefetched for layer in layers),
             prefetch_hits=sum(layer.prefetch_hits for layer in layers),
+            found=sum(layer.found for layer in layers),
+            foreseeable=sum(layer.foreseeable for layer in layers),
+            transfer_seconds=sum(layer.transfer_seconds for layer in layers),
         )
 
     @property
@@ -396,6 +415,15 @@ class OffloadEngine:
         if self.config.policy != "adaptive" or not evicts:
             return None
         return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
+
+    def _row_seconds(self) -> list[float]:
+        """What an expert of each layer takes to a slot, at the rate of the largest one."""
+        with_slots = [layer for layer in self._layers if layer.residency.num_slots > 0]
+        if not with_slots:
+            return [0.0] * len(self._layers)  # Nothing is ever brought into a slot.
+        largest = max(with_slots, key=lambda layer: layer.spec.layout.row_bytes)
+        per_byte = row_seconds(largest, self.device) / largest.spec.layout.row_bytes
+        return [per_byte * spec.layout.row_bytes for spec in self.specs]
 
     def _ready(self, number: int) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
