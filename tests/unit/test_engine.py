@@ -136,10 +136,10 @@ def make_engine(layers: list[DenseLayer], **options) -> OffloadEngine:
         for name, view in segment.views().items():
             view.copy_(layer.tensors[name])
     engine.plan()
+    engine.finish_loading()
     engine.arena.buffer.fill_(POISON)
     for block in engine.staging.blocks:
         block.fill_(POISON)
-    engine.finish_loading()
     return engine
 
 

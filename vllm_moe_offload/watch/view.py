@@ -46,9 +46,13 @@ def _figures(sample: Sample, change: Change | None) -> Table:
     since_start = f"{_percent(hit_ratio(layers))} since the start"
     table.add_row("hit ratio", f"{_percent(change.hit_ratio if change else None)}, {since_start}")
     table.add_row("moved", _moved(sample, change))
+    share = change.transfer_share / sample.workers if change else None
+    table.add_row("transfers", f"{_percent(share)} of the time")
+    if sample.foreseeable:
+        table.add_row("foreseen", _foreseen(sample))
     resident, slots = (sum(getattr(x, field) for x in layers) for field in ("resident", "slots"))
-    share = f"{resident:.0f} of {slots:.0f} in use, {_bytes(sample.slot_bytes)}"
-    table.add_row("slots", share)
+    in_use = f"{resident:.0f} of {slots:.0f} in use, {_bytes(sample.slot_bytes)}"
+    table.add_row("slots", in_use)
     return table
 
 
@@ -69,6 +73,14 @@ def _moved(sample: Sample, change: Change | None) -> str:
     )
     share = "" if link is None else f"{change.bytes_per_s / link:.0%} of the "
     return f"{_bytes(change.bytes_per_s)}/s ({causes}), {share}{bound}"
+
+
+def _foreseen(sample: Sample) -> str:
+    coverage = f"{_percent(sample.predicted_hits / sample.foreseeable)} of active experts"
+    if not sample.prefetched:
+        return f"{coverage}, none moved ahead"
+    precision = _percent(sample.prefetch_hits / sample.prefetched)
+    return f"{coverage}, {precision} of those moved ahead were read"
 
 
 def _layers(sample: Sample, change: Change | None) -> Columns:
