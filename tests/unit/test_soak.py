@@ -9,6 +9,7 @@ import torch
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.kernels.operations import TORCH, operations_for
 from vllm_moe_offload.kernels.resolve import Counter
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
@@ -18,6 +19,15 @@ MANY = 86_400 * 365 * 200
 """Steps of a year at two hundred a second."""
 
 POLICIES = [{"policy": "lru"}, {"policy": "adaptive"}, {"predictor": "markov"}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_operations():
+    """Take the specification: Triton's interpreter, on for other tests, is slow and allocates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert operations_for(torch.device("cpu")) is TORCH
+        yield
 
 
 def make_engine(options) -> OffloadEngine:
@@ -86,16 +96,16 @@ def test_steps_leave_no_memory_behind(options):
     tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
     tracemalloc.start()
     try:
-        run(engine, range(50, 100))
+        run(engine, range(50, 600))  # What is bounded has filled.
         engine.stats()
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        run(engine, range(100, 600))
+        run(engine, range(600, 1100))
         engine.stats()
         gc.collect()
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) == tensors
-    # Less than the smallest object a step.
-    assert after - before < 32 * 500
+    # Less than a pointer a step.
+    assert after - before < 8 * 500
