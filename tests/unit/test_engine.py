@@ -144,21 +144,16 @@ def make_engine(layers: list[DenseLayer], **options) -> OffloadEngine:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    """Take the specification, also where Triton's interpreter is switched on for other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        assert operations_for(HOST) is TORCH
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
 def poison_fresh_tensors():
     """Let torch.empty give NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def test_engines_run_the_specification_here():
+    assert operations_for(HOST) is TORCH
 
 
 def shapes(**fixed):

@@ -6,7 +6,7 @@ Legend: T tokens, L layers, K choices a token, E experts, H hidden size.
 import numpy as np
 import pytest
 import torch
-from traces import RECORDED, random_trace
+from traces import random_trace, recorded
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.fixed_point import FRACTION_BITS
@@ -22,13 +22,6 @@ from vllm_moe_offload.trace import load
 
 HOST = torch.device("cpu")
 M = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        yield
 
 
 def make(name, trace):
@@ -231,10 +224,7 @@ def test_damaged_or_foreign_arrays(name):
 @pytest.mark.parametrize(("name", "bar"), [("markov", 0.48), ("eam", 0.33)])
 @pytest.mark.parametrize("tasks", [("intent", "summary"), ("summary", "intent")])
 def test_recorded_tasks(name, bar, tasks):
-    paths = [RECORDED / f"deepseek-v2-lite.{task}.npz" for task in tasks]
-    if not all(path.exists() for path in paths):
-        pytest.skip("the recorded traces are not here")
-    learned, tested = map(load, paths)
+    learned, tested = map(load, recorded(*(f"deepseek-v2-lite.{task}" for task in tasks)))
     predictor = make(name, tested)
     learn(predictor, learned)
     assert coverage(predictor, tested, learned.top_k) >= bar

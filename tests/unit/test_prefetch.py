@@ -12,7 +12,6 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.operations import TORCH, operations_for
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.prefetch import MAX_TOKENS
@@ -25,14 +24,6 @@ ROW = ExpertLayout.pack([("w13_weight", (2 * COLUMNS, HIDDEN), torch.float32),
                          ("w2_weight", (HIDDEN, COLUMNS), torch.float32)])  # fmt: skip
 PREDICTORS = ("gate", "markov", "eam")
 SUCCESSOR = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        assert operations_for(HOST) is TORCH
-        yield
 
 
 def routers():

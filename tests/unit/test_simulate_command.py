@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from traces import RECORDED, random_trace
+from traces import random_trace, recorded
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.simulate.policies import POLICIES
@@ -185,9 +185,7 @@ def test_neither_torch_nor_vllm_is_loaded(files):
 
 @pytest.mark.traces
 def test_recorded(capsys):
-    paths = sorted(map(str, RECORDED.glob("*.npz")))
-    if not paths:
-        pytest.skip("the recorded traces are not here")
+    paths = map(str, recorded())
     rows = rows_of(capsys, *paths, "--cache", "0.25", "--policy", "lru,belady")
     ratios = {row["policy"]: row["hit_ratio"] for row in rows if "intent" in row["trace"]}
     assert ratios["lru"] == pytest.approx(0.506, abs=0.002)
