@@ -6,7 +6,6 @@ built, ``plan`` once before the weights come, ``finish_loading`` after, then ``r
 Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import Prefetch, row_seconds
 from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.sizes import format_size
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step import MAX_PARTS, run_step
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -461,27 +461,21 @@ def describe(engine: OffloadEngine) -> str:
     experts = sorted({spec.num_experts for spec in specs})
     return (
         f"moe-offload: {len(specs)} MoE layers of {_span(experts)} experts, "
-        f"{_size(budget.pool_bytes)} in the host pool, "
-        f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
-        f"{engine.device.type} memory, {_size(budget.staging_bytes)} of staging"
+        f"{format_size(budget.pool_bytes)} in the host pool, "
+        f"{_span(sorted(set(budget.slots)))} slots a layer taking "
+        f"{format_size(budget.slot_bytes)} of {engine.device.type} memory, "
+        f"{format_size(budget.staging_bytes)} of staging"
     )
 
 
 def _cost_of_unpinned(held: int, total: int) -> str:
     return (
-        f"CUDA refused to pin {_size(held)} of the host pool's {_size(total)}. These experts are "
-        "held in GPU memory as a whole, which leaves that much less to the KV cache. Raise the "
-        "limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or free host "
-        "memory."
+        f"CUDA refused to pin {format_size(held)} of the host pool's {format_size(total)}. These "
+        "experts are held in GPU memory as a whole, which leaves that much less to the KV cache. "
+        "Raise the limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or "
+        "free host memory."
     )
 
 
 def _span(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes == 0:
-        return "0 B"
-    power = min(3, int(math.log(num_bytes, 1024)))
-    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

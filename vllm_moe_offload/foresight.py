@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_moe_offload.config import MIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.offloaded_layer import LayerSpec, OffloadedLayer
 from vllm_moe_offload.predictors.eam import EamPredictor
@@ -13,6 +13,7 @@ from vllm_moe_offload.predictors.markov import MarkovPredictor
 from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import MAX_TOKENS, Prefetch, row_seconds
 from vllm_moe_offload.prefetch_control import PrefetchControl
+from vllm_moe_offload.sizes import MIB, format_size
 
 Routers = Sequence[Router]
 
@@ -45,7 +46,7 @@ def check_foresight(
         raise OffloadError(
             "prefetch_mb",
             config.prefetch_mb,
-            f"one expert takes {row_bytes / MIB:.2f} MiB",
+            f"one expert takes {format_size(row_bytes)}",
             "Give that or more, 0 to only count, or auto",
         )
 

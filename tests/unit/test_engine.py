@@ -450,8 +450,8 @@ def test_one_line_about_an_engine():
     layers = [example_layer(8), example_layer(4, dtype=torch.bfloat16)]
     engine = make_engine(layers, cache_fraction=0.5, staging_mb=1)
     assert describe(engine) == (
-        "moe-offload: 2 MoE layers of 4 to 8 experts, 48.0 KiB in the host pool, "
-        "2 to 4 slots a layer taking 24.0 KiB of cpu memory, 1.0 MiB of staging"
+        "moe-offload: 2 MoE layers of 4 to 8 experts, 48 KiB in the host pool, "
+        "2 to 4 slots a layer taking 24 KiB of cpu memory, 1 MiB of staging"
     )
 
 
@@ -471,23 +471,23 @@ def refused_plan(monkeypatch, available: int, **options) -> str:
 def test_slots_and_staging_larger_than_the_device(monkeypatch):
     message = refused_plan(monkeypatch, 1 << 30, gpu_gb=1, staging_mb=64)
     assert "gpu_gb = 1.0: " in message
-    assert "slots (1.00 GiB) and staging (0.06 GiB) need 1.06 GiB" in message
-    assert "the container's limit of 77 bytes has 1.00 GiB free" in message
+    assert "slots (1 GiB) and staging (64 MiB) need 1.06 GiB" in message
+    assert "the container's limit of 77 bytes has 1 GiB free" in message
     assert "Lower gpu_gb, cache_fraction or staging_mb" in message
 
 
 def test_pool_larger_than_the_host(monkeypatch):
     message = refused_plan(monkeypatch, 2 << 30, cache_fraction=0, staging_mb=64)
-    assert "host pool = 2.00 GiB: " in message
+    assert "host pool = 2 GiB: " in message
     assert "need 2.06 GiB of host memory" in message
-    assert "the container's limit of 77 bytes leaves 2.00 GiB" in message
+    assert "the container's limit of 77 bytes leaves 2 GiB" in message
     assert "raise the container's limit" in message
 
 
 def test_staging_too_small_for_two_experts(monkeypatch):
     message = refused_plan(monkeypatch, 1 << 40, staging_mb=1.5)
     assert "staging_mb = 1.5: " in message
-    assert "two experts of 1.0 MiB each" in message
+    assert "two experts of 1 MiB each" in message
     assert "Give at least 2, or auto" in message
 
 
@@ -521,6 +521,6 @@ def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
 
 def test_cost_of_memory_that_cannot_be_pinned():
     said = engine_module._cost_of_unpinned(3 << 30, 8 << 30)
-    assert "refused to pin 3.0 GiB of the host pool's 8.0 GiB" in said
+    assert "refused to pin 3 GiB of the host pool's 8 GiB" in said
     assert "less to the KV cache" in said
     assert "memlock" in said

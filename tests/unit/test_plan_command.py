@@ -10,8 +10,9 @@ import pytest
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.checkpoints import make_checkpoint
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.planner import GPU_UTILISATION
+from vllm_moe_offload.sizes import GIB
 
 KEYS = {
     "dense_bytes", "expert_bytes", "bytes_per_expert", "moe_layers", "experts_per_layer", "top_k",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.budget import LayerDemand, plan_budget
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.changes import smallest_changes
 from vllm_moe_offload.plan.kv_cache import KvCache, LayerCache
 from vllm_moe_offload.plan.model import Model
@@ -26,6 +26,7 @@ from vllm_moe_offload.plan.planner import (
     sweep_bytes,
 )
 from vllm_moe_offload.plan.tensors import MoeLayer, Volume, Weights
+from vllm_moe_offload.sizes import GIB
 
 PARAMETERS = 3 * 2048 * 768
 """Of one expert of Qwen3-30B-A3B."""

@@ -8,7 +8,8 @@ from traces import random_trace, recorded
 from vllm_moe_offload import cli
 from vllm_moe_offload.simulate.policies import POLICIES
 from vllm_moe_offload.simulate.replay import replay
-from vllm_moe_offload.simulate.sizes import KNOWN, MIB, expert_bytes
+from vllm_moe_offload.simulate.sizes import KNOWN, expert_bytes
+from vllm_moe_offload.sizes import MIB
 from vllm_moe_offload.trace import Trace, load
 
 KEYS = [

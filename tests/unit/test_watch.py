@@ -134,10 +134,10 @@ def test_frame():
     assert "1 worker, eviction lru, counted 3 s ago" in drawn
     assert "25.0 generated, 0.0 prompt, 3 requests running, 1 waiting" in drawn
     assert "hit ratio  -, 60% since the start" in drawn
-    assert "1.5 GB/s (demand 1.5 GB/s, wave 0 B/s), 5% of the PCIe bound 30.0 GB/s" in drawn
+    assert "1.5 GB/s (demand 1.5 GB/s, wave 0 bytes/s), 5% of the PCIe bound 30.0 GB/s" in drawn
     assert "transfers  0% of the time" in drawn
     assert "foreseen" not in drawn
-    assert "9 of 12 in use, 12.0 kB" in drawn
+    assert "9 of 12 in use, 11.72 KiB" in drawn
     assert "layer      10 ██████░░░░  60% 3/4" in drawn
 
 

@@ -9,11 +9,11 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import EngineStats, OffloadEngine
 from vllm_moe_offload.lifeline import Claim
 from vllm_moe_offload.metrics.page import Page, Worker, claim_page, layer_label
+from vllm_moe_offload.sizes import GIB
 
 PERIOD_S = 1.0
 """Seconds between two readings at most; Prometheus asks every 15 s or so."""

@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
-    from vllm_moe_offload.config import GIB
     from vllm_moe_offload.plan.planner import Request
+    from vllm_moe_offload.sizes import GIB
 
     given = arguments.pcie_gb_s or PCIE_GB_PER_S[arguments.pcie]
     longest = min(DEFAULT_LENGTH, model.max_positions or DEFAULT_LENGTH)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vllm_moe_offload.budget import Budget, LayerDemand, plan_budget
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.model import Model, element_size
 from vllm_moe_offload.plan.tensors import MoeLayer
+from vllm_moe_offload.sizes import GIB
 
 GPU_UTILISATION = 0.92
 """Share of a GPU that vLLM uses by default; CUDA's own context lives in the rest."""

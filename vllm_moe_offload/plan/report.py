@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.plan.changes import Change
 from vllm_moe_offload.plan.model import Model, element_size
 from vllm_moe_offload.plan.planner import (
@@ -20,6 +19,7 @@ from vllm_moe_offload.plan.planner import (
     serve_command,
     sweep_bytes,
 )
+from vllm_moe_offload.sizes import GIB, format_size
 
 
 def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _model_notes(model: Model) -> Iterator[str]:
         )
     if model.weights.unused_bytes:
         yield (
-            f"{_size(model.weights.unused_bytes)} belong to parts that vLLM does not load by "
+            f"{format_size(model.weights.unused_bytes)} belong to parts that vLLM does not load by "
             "itself, such as layers that draft tokens; no memory figure has them."
         )
     if len({layer.expert_bytes for layer in model.layers}) > 1:
@@ -161,15 +161,16 @@ def _title(plan: Plan) -> Text:
     lines = [f"{plan.request.model}: {model.architecture}"]
     if not model.layers:
         lines.append(
-            f"A dense model of {_size(weights.dense_bytes)}: it has no routed experts, so there is "
-            "nothing to offload"
+            f"A dense model of {format_size(weights.dense_bytes)}: it has no routed experts, so "
+            "there is nothing to offload"
         )
     else:
         lines += [
             f"{len(model.layers)} MoE layers of {model.num_experts} experts, {model.top_k} a token",
-            f"dense {_size(weights.dense_bytes)}, experts {_size(weights.expert_bytes)} "
-            f"({', '.join(weights.expert_dtypes)})",
-            f"one expert {_size(model.expert_bytes)}, as a row of the pool {_size(max(plan.rows))}",
+            f"dense {format_size(weights.dense_bytes)}, "
+            f"experts {format_size(weights.expert_bytes)} ({', '.join(weights.expert_dtypes)})",
+            f"one expert {format_size(model.expert_bytes)}, "
+            f"as a row of the pool {format_size(max(plan.rows))}",
         ]
     kv_bytes = model.kv_cache.bytes_per_token(element_size(plan.request.dtype))
     return Text("\n".join([*lines, f"KV cache {kv_bytes:,} bytes a token"]))
@@ -231,19 +232,12 @@ def _shortage(plan: Plan) -> str:
         (plan.gpu_needed - plan.gpu_usable, "of GPU memory"),
         (plan.host_needed - request.host_bytes, "of host memory"),
     ]
-    short = [f"{_size(count)} {kind}" for count, kind in missing if count > 0]
+    short = [f"{format_size(count)} {kind}" for count, kind in missing if count > 0]
     return f"Does not fit: it lacks {' and '.join(short)}."
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.2f} {name}"
-    return f"{num_bytes} bytes"
 
 
 def _rate(tokens_per_s: float) -> str:
