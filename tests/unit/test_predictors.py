@@ -15,6 +15,7 @@ from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.figures import REFRESH, WINDOW
 from vllm_moe_offload.predictors.gate import GatePredictor
 from vllm_moe_offload.predictors.markov import MarkovPredictor
+from vllm_moe_offload.predictors.sizes import table_bytes
 from vllm_moe_offload.simulate.predictors import MarkovPredictor as SimulatedMarkov
 from vllm_moe_offload.simulate.predictors import best_guesses
 from vllm_moe_offload.simulate.steps import iterate, schedule
@@ -218,6 +219,15 @@ def test_damaged_or_foreign_arrays(name):
         with pytest.raises(OffloadError, match=key):
             fresh.from_arrays(arrays)
         assert not any(array.any() for array in fresh.to_arrays().values())
+
+
+@pytest.mark.parametrize("name", ["markov", "eam"])
+def test_planned_bytes_are_those_of_the_tables(name):
+    trace = random_trace(0, layers=5, experts=48)
+    tables = [t for t in vars(make(name, trace).tables).values() if 48 in t.shape]
+    assert len(tables) > 0
+    planned = table_bytes(name, trace.num_layers, trace.num_experts)
+    assert planned == sum(table.nbytes for table in tables)
 
 
 @pytest.mark.traces

@@ -41,6 +41,7 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
         "max_model_len": request.max_model_len,
         "concurrency": request.concurrency,
         "slots_per_layer": plan.slots_per_layer,
+        "automatic": _automatic(plan) if plan.offloaded else {},
         "fits": plan.fits,
         "gpu": _gpu_memory(plan),
         "host": _host_memory(plan),
@@ -54,10 +55,20 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
     }
 
 
+def _automatic(plan: Plan) -> dict[str, int]:
+    """What the plugin does without an option that names the size of the slots."""
+    return {
+        "slots_per_layer": max(plan.automatic.slots),
+        "slot_bytes": plan.automatic.slot_bytes,
+        "gpu_needed_bytes": plan.needed_with(plan.automatic),
+    }
+
+
 def _gpu_memory(plan: Plan) -> dict[str, int]:
     return {
         "resident_weights_bytes": plan.resident_bytes,
         "kv_cache_bytes": plan.kv_bytes,
+        "predictor_bytes": plan.predictor_bytes,
         "reserve_bytes": plan.reserve_bytes,
         "staging_bytes": plan.budget.staging_bytes,
         "slot_bytes": plan.budget.slot_bytes,
@@ -129,6 +140,14 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
             f"The weights are quantised ({plan.model.quantization}) and stay as stored in pool "
             "and slots; vllm serve refuses the format if this version cannot offload it."
         )
+    automatic = _automatic(plan)
+    lacking = automatic["gpu_needed_bytes"] - plan.gpu_usable
+    yield (
+        f"With gpu_gb=auto, the default, {automatic['slots_per_layer']} of "
+        f"{plan.model.num_experts} experts a layer have a slot, "
+        f"{format_size(automatic['slot_bytes'])} in all, "
+        + (f"for which {format_size(lacking)} are lacking." if lacking > 0 else "which fits.")
+    )
     if plan.all_in_slots:
         yield (
             "All experts have a slot, so nothing crosses PCIe once they are in use: the plugin is "
@@ -187,6 +206,8 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("GPU: reserve for activations and CUDA graphs", _gib(plan.reserve_bytes))
     if plan.offloaded:
         slots = f"{plan.slots_per_layer} of {plan.model.num_experts} experts a layer"
+        if plan.predictor_bytes:
+            table.add_row(f"GPU: tables of {request.predictor}", _gib(plan.predictor_bytes))
         table.add_row("GPU: staging", _gib(budget.staging_bytes))
         table.add_row(f"GPU: slots at start, {slots}", _gib(budget.slot_bytes))
     usable = f"of {_gib(plan.gpu_usable)} that vLLM uses of {_gib(request.gpu_bytes)}"
