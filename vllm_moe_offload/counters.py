@@ -121,4 +121,5 @@ def _counts(
         found=values[Counter.FOUND],
         foreseeable=values[Counter.FORESEEABLE],
         row_seconds=row_seconds,
+        is_held=layer.is_held,
     )

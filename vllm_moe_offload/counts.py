@@ -33,6 +33,8 @@ class LayerCounts:
     """Active experts of steps that had a prediction."""
     row_seconds: float = 0.0
     """What one expert takes from the pool to a slot, as measured at the start."""
+    is_held: bool = False
+    """Whether the GPU holds all rows; what is brought into a slot then crosses no link."""
 
     @property
     def misses(self) -> int:
@@ -42,17 +44,21 @@ class LayerCounts:
     @property
     def demand_bytes(self) -> int:
         """Moved into slots for tokens that waited."""
-        return self.loads * self.row_bytes
+        return self.loads * self._link_bytes
 
     @property
     def wave_bytes(self) -> int:
         """Moved by waves through staging, and into empty slots on the way."""
-        return (self.streams + self.surplus) * self.row_bytes
+        return (self.streams + self.surplus) * self._link_bytes
 
     @property
     def prefetch_bytes(self) -> int:
         """Moved into slots ahead of steps."""
-        return self.prefetched * self.row_bytes
+        return self.prefetched * self._link_bytes
+
+    @property
+    def _link_bytes(self) -> int:
+        return 0 if self.is_held else self.row_bytes
 
     @property
     def transfer_seconds(self) -> float:

@@ -421,10 +421,10 @@ class OffloadEngine:
 
     def _row_seconds(self) -> list[float]:
         """What an expert of each layer takes to a slot, at the rate of the largest one."""
-        with_slots = [layer for layer in self._layers if layer.residency.num_slots > 0]
-        if not with_slots:
-            return [0.0] * len(self._layers)  # Nothing is ever brought into a slot.
-        largest = max(with_slots, key=lambda layer: layer.spec.layout.row_bytes)
+        loading = [x for x in self._layers if x.residency.num_slots > 0 and not x.is_held]
+        if not loading:
+            return [0.0] * len(self._layers)  # Nothing ever crosses the link to a slot.
+        largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
         per_byte = row_seconds(largest, self.device) / largest.spec.layout.row_bytes
         return [per_byte * spec.layout.row_bytes for spec in self.specs]
 
@@ -445,6 +445,7 @@ class OffloadEngine:
             ),
             operations=operations_for(self.device),
             beside=beside,
+            is_held=self.pool.is_held(segment),
             log_TK=self.step_log.layer(number) if self.step_log else None,
         )
 

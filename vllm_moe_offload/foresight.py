@@ -104,7 +104,8 @@ def _rows(
     if config.prefetch_mb != "auto":
         return int(config.prefetch_mb * MIB) // max(x.spec.layout.row_bytes for x in layers)
     some = [x for x in layers[1:] if 0 < x.residency.num_slots < x.spec.num_experts]
-    if not some:
-        return 0  # Everything has a slot, or nothing: guesses are only counted.
-    largest = max(some, key=lambda layer: layer.spec.layout.row_bytes)
+    loading = [layer for layer in some if not layer.is_held]
+    if not loading:
+        return 0  # Everything has a slot or nothing, or is on the GPU: guesses are only counted.
+    largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
     return PrefetchControl(len(layers), row_seconds(largest, device), say)

@@ -19,7 +19,7 @@ SECONDS = [0.5, 0.25, 2.0]
 def make_layer(name: str, experts: int, slots: int) -> SimpleNamespace:
     layout = SimpleNamespace(row_bytes=100 * experts)
     spec = SimpleNamespace(name=name, num_experts=experts, layout=layout)
-    return SimpleNamespace(spec=spec, residency=Residency(experts, slots, HOST))
+    return SimpleNamespace(spec=spec, residency=Residency(experts, slots, HOST), is_held=False)
 
 
 def count(layer: SimpleNamespace, **counts: int) -> None:

@@ -516,6 +516,12 @@ def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
             x_TH, weight_TK = inputs(layer, ids_TK, seed)
             y_TH = engine.run(number, x_TH, weight_TK, ids_TK)
             assert same_bits(y_TH, layer.run(x_TH, weight_TK, ids_TK))
+    # Copies within the device are no traffic.
+    pinned, held = engine.layer_counts()
+    assert held.misses > 0
+    assert held.demand_bytes == held.wave_bytes == held.transfer_seconds == 0
+    assert engine.stats().bytes_moved == pinned.demand_bytes + pinned.wave_bytes > 0
+    assert pinned.transfer_seconds > 0
     engine.close()
 
 
