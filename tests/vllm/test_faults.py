@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -236,8 +236,10 @@ def shared_memory(server):
     """
     found = set()
     for pid in server.processes():
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        found |= {line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line}
+        # A process may end while we look.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line}
     found = {name for name in found if "/sem." not in name}
     return {name for name in found if not name.endswith("(deleted)")}
 
