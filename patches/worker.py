@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.metrics.page import Worker, page_path
@@ -132,7 +133,16 @@ def _stats(self: Any) -> dict[str, Any] | None:
     return {
         **reduce(add, totals).as_dict(),
         "policies": engines[0].policies,
-        "by_layer": [{**asdict(layer), "coverage": layer.coverage} for layer in labelled(counts)],
+        "by_layer": [_layer_stats(layer) for layer in labelled(counts)],
+    }
+
+
+def _layer_stats(layer: LayerCounts) -> dict[str, Any]:
+    return {
+        **asdict(layer),
+        "coverage": layer.coverage,
+        "precision": layer.precision,
+        "transfer_seconds": layer.transfer_seconds,
     }
 
 

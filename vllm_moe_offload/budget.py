@@ -8,11 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.memory import HostMemory
-
-MIB = 1 << 20
+from vllm_moe_offload.sizes import GIB, MIB, format_size
 
 AUTO_SHARE = 0.25
 """Share of the experts that has a slot by default."""
@@ -99,18 +98,18 @@ def check_budget(
         raise OffloadError(
             _size_option(config),
             _size_value(config),
-            f"slots ({_gib(budget.slot_bytes)}) and staging "
-            f"({_gib(budget.staging_bytes)}) need {_gib(budget.device_bytes)}, but "
-            f"{device_name} has {_gib(device_free)} free",
+            f"slots ({format_size(budget.slot_bytes)}) and staging "
+            f"({format_size(budget.staging_bytes)}) need {format_size(budget.device_bytes)}, but "
+            f"{device_name} has {format_size(device_free)} free",
             "Lower gpu_gb, cache_fraction or staging_mb",
         )
     needed = budget.pool_bytes + (budget.device_bytes if device_is_host else 0)
     if needed > host.available:
         raise OffloadError(
             "host pool",
-            _gib(budget.pool_bytes),
-            f"the experts need {_gib(needed)} of host memory, but {host.limited_by} leaves "
-            f"{_gib(host.available)}",
+            format_size(budget.pool_bytes),
+            f"the experts need {format_size(needed)} of host memory, but {host.limited_by} leaves "
+            f"{format_size(host.available)}",
             "Free or add host memory, raise the container's limit, or use a checkpoint with "
             "smaller experts",
         )
@@ -134,7 +133,7 @@ def _staging_bytes(streaming: Sequence[LayerDemand], config: MoeOffloadConfig) -
         raise OffloadError(
             "staging_mb",
             config.staging_mb,
-            f"two experts of {largest / MIB:.1f} MiB each must fit, one to be loaded while the "
+            f"two experts of {format_size(largest)} each must fit, one to be loaded while the "
             "other is read",
             f"Give at least {math.ceil(2 * largest / MIB)}, or auto",
         )
@@ -147,7 +146,3 @@ def _size_option(config: MoeOffloadConfig) -> str:
 
 def _size_value(config: MoeOffloadConfig) -> object:
     return config.gpu_gb if config.cache_fraction is None else config.cache_fraction
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"

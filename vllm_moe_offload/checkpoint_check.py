@@ -5,9 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
-
-from vllm_moe_offload.headers import complete, files_without_index, read_header, weight_map
+from vllm_moe_offload.headers import read_header, tensor_files
 
 _PER_EXPERT = re.compile(r"^(?P<layer>.+\.experts?)\.(?P<expert>\d+)\.(?P<tensor>.+)$")
 
@@ -43,19 +41,15 @@ def tensor_names(folder: Path) -> list[str]:
     Raises:
         OffloadError: a file is cut off or damaged, or one of several is not there.
     """
-    present = {file.name for file in folder.glob("*.safetensors")}
-    if not present:
-        return []
-    indexed = {*weight_map(folder).values()}
-    # An index beside other files alone belongs to a form of the checkpoint that is not here.
-    names = indexed if indexed & present else files_without_index(folder)
-    return [tensor.name for file in complete(folder, names) for tensor in read_header(file)]
+    return [tensor.name for file in _files(folder) for tensor in read_header(file)]
 
 
 def file_of(folder: Path, name: str) -> str | None:
     """Name of the file that holds a tensor, None if it is not known."""
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        with safe_open(file, framework="numpy") as tensors:
-            if name in tensors.keys():  # noqa: SIM118
-                return file.name
-    return None
+    holders = (f.name for f in _files(folder) if any(t.name == name for t in read_header(f)))
+    return next(holders, None)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of a checkpoint that is here as safetensors, none of another."""
+    return tensor_files(folder) if any(folder.glob("*.safetensors")) else []

@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_moe_offload.errors import OffloadError
 
-MIB, GIB = 1 << 20, 1 << 30
-
 KEY = "moe_offload"
 """Where the options travel inside vLLM's ``additional_config``."""
 

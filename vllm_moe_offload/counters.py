@@ -27,10 +27,14 @@ class Counters:
     Args:
         layers: all layers of the model.
         device: where their tables are.
+        row_seconds: what an expert of each layer takes to a slot.
     """
 
-    def __init__(self, layers: Sequence[OffloadedLayer], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[OffloadedLayer], device: torch.device, row_seconds: Sequence[float]
+    ) -> None:
         self._layers = layers
+        self._row_seconds = row_seconds
         self._device = device
         self._lock = threading.Lock()
         sources = (
@@ -74,8 +78,10 @@ class Counters:
         expert_of_S = tables.split([layer.residency.num_slots for layer in self._layers])
         values_LC = counters.view(len(self._layers), len(Counter)).tolist()
         return [
-            _counts(layer, values, int((slots >= 0).sum()))
-            for layer, values, slots in zip(self._layers, values_LC, expert_of_S, strict=True)
+            _counts(layer, values, int((slots >= 0).sum()), seconds)
+            for layer, values, slots, seconds in zip(
+                self._layers, values_LC, expert_of_S, self._row_seconds, strict=True
+            )
         ]
 
 
@@ -95,7 +101,9 @@ class _Copy:
             self.host.copy_(self._joined, non_blocking=True)
 
 
-def _counts(layer: OffloadedLayer, values: list[int], resident: int) -> LayerCounts:
+def _counts(
+    layer: OffloadedLayer, values: list[int], resident: int, row_seconds: float
+) -> LayerCounts:
     return LayerCounts(
         layer=layer.spec.name,
         experts=layer.spec.num_experts,
@@ -112,4 +120,6 @@ def _counts(layer: OffloadedLayer, values: list[int], resident: int) -> LayerCou
         guessed=values[Counter.GUESSED],
         found=values[Counter.FOUND],
         foreseeable=values[Counter.FORESEEABLE],
+        row_seconds=row_seconds,
+        is_held=layer.is_held,
     )

@@ -31,6 +31,10 @@ class LayerCounts:
     """Those of them that the step then read."""
     foreseeable: int = 0
     """Active experts of steps that had a prediction."""
+    row_seconds: float = 0.0
+    """What one expert takes from the pool to a slot, as measured at the start."""
+    is_held: bool = False
+    """Whether the GPU holds all rows; what is brought into a slot then crosses no link."""
 
     @property
     def misses(self) -> int:
@@ -40,17 +44,36 @@ class LayerCounts:
     @property
     def demand_bytes(self) -> int:
         """Moved into slots for tokens that waited."""
-        return self.loads * self.row_bytes
+        return self.loads * self._link_bytes
 
     @property
     def wave_bytes(self) -> int:
         """Moved by waves through staging, and into empty slots on the way."""
-        return (self.streams + self.surplus) * self.row_bytes
+        return (self.streams + self.surplus) * self._link_bytes
 
     @property
     def prefetch_bytes(self) -> int:
         """Moved into slots ahead of steps."""
-        return self.prefetched * self.row_bytes
+        return self.prefetched * self._link_bytes
+
+    @property
+    def _link_bytes(self) -> int:
+        return 0 if self.is_held else self.row_bytes
+
+    @property
+    def transfer_seconds(self) -> float:
+        """What the link needed for all that was moved, by ``row_seconds``."""
+        moved = self.demand_bytes + self.wave_bytes + self.prefetch_bytes
+        return self.seconds_for(moved)
+
+    def seconds_for(self, num_bytes: float) -> float:
+        """What the link needs for so many bytes of experts."""
+        return num_bytes / self.row_bytes * self.row_seconds
+
+    @property
+    def precision(self) -> float | None:
+        """Share of what was brought in ahead that the step then read; None if nothing was."""
+        return self.prefetch_hits / self.prefetched if self.prefetched else None
 
     @property
     def coverage(self) -> float | None:

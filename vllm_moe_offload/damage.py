@@ -24,23 +24,38 @@ class Damage:
 
 
 def damaged_weights(views: dict[str, Tensor]) -> list[Damage]:
-    """Look for NaN and infinity in all weights and biases [E, ...] of a layer.
+    """Look for NaN and infinity in all weights, e4m3 codes and biases [E, ...] of a layer.
 
-    One sum an expert finds both: it is finite for finite terms, unless it overflows. Summing reads
-    memory at its full rate, which is little beside the disk that the weights have just come from.
+    Every expert is reduced to a number or two, which reads memory at nearly its full rate: that is
+    little beside the disk that the weights have just come from.
     """
     found = []
     for name, view in views.items():
-        if not view.is_floating_point() or view.dtype.itemsize < 2 or _is_scale(name):
+        if not view.is_floating_point() or _is_scale(name):
             continue
-        sum_E = torch.stack([expert.sum() for expert in view])
-        for expert in (~sum_E.isfinite()).nonzero().flatten().tolist():
+        suspect_E = _has_nan_code(view) if view.dtype.itemsize == 1 else _sums_to_no_number(view)
+        for expert in suspect_E.nonzero().flatten().tolist():
             found += _not_finite(name, expert, view[expert])
     return sorted(found, key=lambda damage: damage.expert)
 
 
+def _sums_to_no_number(weights: Tensor) -> Tensor:
+    """Experts with a sum that is not finite: for finite terms it is, unless it overflows."""
+    return ~torch.stack([expert.sum() for expert in weights]).isfinite()
+
+
+def _has_nan_code(codes: Tensor) -> Tensor:
+    """Experts with an e4m3 NaN: 0x7F is the largest signed byte, 0xFF the largest unsigned one."""
+    return torch.stack(
+        [(codes.view(kind).flatten(1).amax(1) == torch.iinfo(kind).max)
+         for kind in (torch.int8, torch.uint8)]
+    ).any(0)  # fmt: skip
+
+
 def _not_finite(name: str, expert: int, weights: Tensor) -> list[Damage]:
     rows = weights.reshape(weights.shape[0], -1)
+    if rows.dtype.itemsize == 1:
+        rows = rows.to(torch.bfloat16)  # Torch asks codes one by one whether they are finite.
     bad = (~rows.isfinite()).nonzero()
     if not bad.numel():
         return []  # the sum itself was too large for its type

@@ -6,7 +6,6 @@ built, ``plan`` once before the weights come, ``finish_loading`` after, then ``r
 Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,8 +32,9 @@ from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
-from vllm_moe_offload.prefetch import Prefetch
+from vllm_moe_offload.prefetch import Prefetch, row_seconds
 from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.sizes import format_size
 from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step import MAX_PARTS, run_step
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
@@ -43,7 +43,10 @@ from vllm_moe_offload.sweep import Sweep
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, in experts and bytes; ``active = hits + misses``."""
+    """Counts since the start, in experts and bytes; ``active = hits + misses``.
+
+    See ``LayerCounts`` for what each of them counts.
+    """
 
     layers: int
     experts_in_pool: int
@@ -62,8 +65,11 @@ class EngineStats:
     prefetch_bytes: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
+    found: int = 0
+    foreseeable: int = 0
+    transfer_seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, float]:
         """All fields by name."""
         return asdict(self)
 
@@ -76,6 +82,16 @@ class EngineStats:
     def hit_ratio(self) -> float:
         """Share of the active experts that were in a slot."""
         return self.hits / self.active if self.active else 0.0
+
+    @property
+    def precision(self) -> float | None:
+        """Share of what was brought in ahead that a step then read; None if nothing was."""
+        return self.prefetch_hits / self.prefetched if self.prefetched else None
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of what was asked for that had been predicted; None without predictions."""
+        return self.found / self.foreseeable if self.foreseeable else None
 
 
 class OffloadEngine:
@@ -164,7 +180,7 @@ class OffloadEngine:
         self._eviction = self._make_eviction()
         beside = beside_on(self.device)
         self._layers = [self._ready(number, beside) for number in range(len(self.specs))]
-        self._counters = Counters(self._layers, self.device)
+        self._counters = Counters(self._layers, self.device, self._row_seconds())
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [self.pool.source_rows(segment) for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
@@ -307,6 +323,9 @@ class OffloadEngine:
             prefetch_bytes=prefetch_bytes,
             prefetched=sum(layer.prefetched for layer in layers),
             prefetch_hits=sum(layer.prefetch_hits for layer in layers),
+            found=sum(layer.found for layer in layers),
+            foreseeable=sum(layer.foreseeable for layer in layers),
+            transfer_seconds=sum(layer.transfer_seconds for layer in layers),
         )
 
     @property
@@ -400,6 +419,15 @@ class OffloadEngine:
             return None
         return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
 
+    def _row_seconds(self) -> list[float]:
+        """What an expert of each layer takes to a slot, at the rate of the largest one."""
+        loading = [x for x in self._layers if x.residency.num_slots > 0 and not x.is_held]
+        if not loading:
+            return [0.0] * len(self._layers)  # Nothing ever crosses the link to a slot.
+        largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
+        per_byte = row_seconds(largest, self.device) / largest.spec.layout.row_bytes
+        return [per_byte * spec.layout.row_bytes for spec in self.specs]
+
     def _ready(self, number: int, beside: Beside) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
         slots = self.arena.rows(number)
@@ -417,6 +445,7 @@ class OffloadEngine:
             ),
             operations=operations_for(self.device),
             beside=beside,
+            is_held=self.pool.is_held(segment),
             log_TK=self.step_log.layer(number) if self.step_log else None,
         )
 
@@ -433,27 +462,21 @@ def describe(engine: OffloadEngine) -> str:
     experts = sorted({spec.num_experts for spec in specs})
     return (
         f"moe-offload: {len(specs)} MoE layers of {_span(experts)} experts, "
-        f"{_size(budget.pool_bytes)} in the host pool, "
-        f"{_span(sorted(set(budget.slots)))} slots a layer taking {_size(budget.slot_bytes)} of "
-        f"{engine.device.type} memory, {_size(budget.staging_bytes)} of staging"
+        f"{format_size(budget.pool_bytes)} in the host pool, "
+        f"{_span(sorted(set(budget.slots)))} slots a layer taking "
+        f"{format_size(budget.slot_bytes)} of {engine.device.type} memory, "
+        f"{format_size(budget.staging_bytes)} of staging"
     )
 
 
 def _cost_of_unpinned(held: int, total: int) -> str:
     return (
-        f"CUDA refused to pin {_size(held)} of the host pool's {_size(total)}. These experts are "
-        "held in GPU memory as a whole, which leaves that much less to the KV cache. Raise the "
-        "limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or free host "
-        "memory."
+        f"CUDA refused to pin {format_size(held)} of the host pool's {format_size(total)}. These "
+        "experts are held in GPU memory as a whole, which leaves that much less to the KV cache. "
+        "Raise the limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or "
+        "free host memory."
     )
 
 
 def _span(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes == 0:
-        return "0 B"
-    power = min(3, int(math.log(num_bytes, 1024)))
-    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_moe_offload.config import MIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.offloaded_layer import LayerSpec, OffloadedLayer
 from vllm_moe_offload.predictors.eam import EamPredictor
@@ -13,6 +13,7 @@ from vllm_moe_offload.predictors.markov import MarkovPredictor
 from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import MAX_TOKENS, Prefetch, row_seconds
 from vllm_moe_offload.prefetch_control import PrefetchControl
+from vllm_moe_offload.sizes import MIB, format_size
 
 Routers = Sequence[Router]
 
@@ -45,7 +46,7 @@ def check_foresight(
         raise OffloadError(
             "prefetch_mb",
             config.prefetch_mb,
-            f"one expert takes {row_bytes / MIB:.2f} MiB",
+            f"one expert takes {format_size(row_bytes)}",
             "Give that or more, 0 to only count, or auto",
         )
 
@@ -103,7 +104,8 @@ def _rows(
     if config.prefetch_mb != "auto":
         return int(config.prefetch_mb * MIB) // max(x.spec.layout.row_bytes for x in layers)
     some = [x for x in layers[1:] if 0 < x.residency.num_slots < x.spec.num_experts]
-    if not some:
-        return 0  # Everything has a slot, or nothing: guesses are only counted.
-    largest = max(some, key=lambda layer: layer.spec.layout.row_bytes)
+    loading = [layer for layer in some if not layer.is_held]
+    if not loading:
+        return 0  # Everything has a slot or nothing, or is on the GPU: guesses are only counted.
+    largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
     return PrefetchControl(len(layers), row_seconds(largest, device), say)

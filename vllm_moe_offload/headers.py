@@ -91,12 +91,20 @@ def weight_map(folder: Path) -> Mapping[str, str]:
     return names
 
 
-def files_without_index(folder: Path) -> set[str]:
-    """Names of the files, and of those that must be there by the numbers of the others.
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the files that make up a checkpoint.
 
     Raises:
-        OffloadError: there is none.
+        OffloadError: there is none, some are not there, or the index is damaged.
     """
+    indexed = {*weight_map(folder).values()}
+    # An index beside other files alone belongs to a form of the checkpoint that is not here.
+    is_here = any((folder / name).is_file() for name in indexed)
+    return _complete(folder, indexed if is_here else _files_without_index(folder))
+
+
+def _files_without_index(folder: Path) -> set[str]:
+    """Names of the files, and of those that must be there by the numbers of the others."""
     found = {file.name for file in folder.glob("*.safetensors")}
     if not found:
         raise OffloadError(
@@ -113,12 +121,7 @@ def files_without_index(folder: Path) -> set[str]:
     }
 
 
-def complete(folder: Path, names: set[str]) -> list[Path]:
-    """Paths of files.
-
-    Raises:
-        OffloadError: some are not there.
-    """
+def _complete(folder: Path, names: set[str]) -> list[Path]:
     files = [folder / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
         problem = f"{len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"

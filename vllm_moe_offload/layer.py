@@ -144,10 +144,21 @@ class OffloadMixin(FusedMoEMethodBase):
                 parameters[name].data = view
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what has arrived. The rows are in kernel format as they are."""
-        self._check_filled(layer)
-        self._check_weights(layer)
-        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        """Check what has arrived, and put it in the kernels' order."""
+        # Made-up weights leave codes as they are, and nobody reads anything into the answers.
+        is_loaded = get_current_vllm_config().load_config.load_format != "dummy"
+        if is_loaded:
+            self._check_filled(layer)
+        self._put_in_order(layer)
+        if is_loaded:
+            self._check_values(layer)
+        self.moe_quant_config = self._quant_config(layer)
+
+    def _put_in_order(self, layer: Any) -> None:
+        """The rows are in kernel format as they are."""
+
+    def _quant_config(self, layer: Any) -> Any:
+        return self.get_fused_moe_quant_config(layer)
 
     def _check_filled(self, layer: Any) -> None:
         segment = self.offload_engine.pool.segments[self.offload_layer]
@@ -161,7 +172,7 @@ class OffloadMixin(FusedMoEMethodBase):
                 "Download the checkpoint again or repair it",
             )
 
-    def _check_weights(self, layer: Any) -> None:
+    def _check_values(self, layer: Any) -> None:
         segment = self.offload_engine.pool.segments[self.offload_layer]
         self._refuse(layer, "weights", damaged_weights(segment.views()), {})
 
@@ -239,18 +250,17 @@ class QuantisedOffloadMixin(OffloadMixin):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what has arrived, and put codes in order where the kernels want another one."""
-        scheme, parameters = self.offload_scheme, dict(layer.named_parameters(recurse=False))
-        segment = self.offload_engine.pool.segments[self.offload_layer]
         self._check_biases(layer)
-        views, dummy = segment.views(), _is_dummy()
-        if not dummy:
-            self._check_filled(layer)
-        scheme.put_in_order(segment.filled_views(), views, parameters)
-        if not dummy:
-            self._check_weights(layer)
-            self._check_scales(layer, views)
+        super().process_weights_after_loading(layer)
+
+    def _put_in_order(self, layer: Any) -> None:
+        segment = self.offload_engine.pool.segments[self.offload_layer]
+        parameters = dict(layer.named_parameters(recurse=False))
+        self.offload_scheme.put_in_order(segment.filled_views(), segment.views(), parameters)
+
+    def _quant_config(self, layer: Any) -> Any:
         # What dispatches tokens between workers leaves them as they are.
-        self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+        return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def _check_biases(self, layer: Any) -> None:
         loaded: set[str] = getattr(layer, "_loaded_expert_biases", set())
@@ -259,14 +269,12 @@ class QuantisedOffloadMixin(OffloadMixin):
                 sorted(loaded)[0], self.offload_prefix, "their biases are not part of the model"
             )
 
-    def _check_scales(self, layer: Any, views: dict[str, torch.Tensor]) -> None:
+    def _check_values(self, layer: Any) -> None:
+        super()._check_values(layer)
+        segment = self.offload_engine.pool.segments[self.offload_layer]
         scheme = self.offload_scheme
-        damages = damaged_scales(scheme.format, views)
+        damages = damaged_scales(scheme.format, segment.views())
         self._refuse(layer, "scales", damages, {**scheme.maxima, **scheme.places})
-
-
-def _is_dummy() -> bool:
-    return bool(get_current_vllm_config().load_config.load_format == "dummy")
 
 
 def _activation(layer: Any, prefix: str) -> activation.Activation:

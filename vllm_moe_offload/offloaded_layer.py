@@ -110,6 +110,8 @@ class OffloadedLayer:
     operations: Operations
     beside: Beside
     """Where copies are queued that go on while experts are computed."""
+    is_held: bool = False
+    """Whether the rows are on the compute device, because they could not be pinned."""
     log_TK: Tensor | None = None
     """Where each step leaves the router's ids, if they are recorded."""
 

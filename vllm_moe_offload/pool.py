@@ -129,6 +129,10 @@ class HostPool:
             self._on_device[segment.rows_EB.data_ptr()] = segment.rows_EB.to(device, copy=True)
         return self._bytes_on_device()
 
+    def is_held(self, segment: PoolSegment) -> bool:
+        """Whether the GPU holds a layer's rows."""
+        return segment.rows_EB.data_ptr() in self._on_device
+
     def device_rows(self, segment: PoolSegment, device: torch.device) -> Tensor:
         """A layer's rows as the device addresses them; they must be registered."""
         held = self._on_device.get(segment.rows_EB.data_ptr())

@@ -228,8 +228,8 @@ class _Timed:
 
 
 def _moved(layers: Sequence[OffloadedLayer]) -> Tensor:
-    """Experts moved on demand by all layers since the start, int64 [1]."""
-    counters = torch.stack([layer.residency.work.counters for layer in layers])
+    """Experts moved to the device on demand by all layers since the start, int64 [1]."""
+    counters = torch.stack([x.residency.work.counters for x in layers if not x.is_held])
     return (counters[:, Counter.LOADS] + counters[:, Counter.STREAMS]).sum(0, keepdim=True)
 
 

@@ -64,12 +64,12 @@ def run_step(
     waves = wave_starts(layer, ids_TK.numel(), evict=evict)
     beside = layer.beside if parts or len(waves) > 1 else IN_TURN
     beside.fork()
-    loads = [_load(layer, beside, part, max(1, parts)) for part in range(max(1, parts))]
+    copies = max(1, parts)
+    loads = [_load(layer, beside, part, copies) for part in range(copies)]
     halves = len(layer.halves)
     arriving = [_stage(layer, beside, waves, wave) for wave in range(min(halves, len(waves)))]
-    look_ahead = (lambda: None) if ahead is None else (lambda: ahead(x_TH, ids_TK))
-    if len(waves) <= halves:
-        look_ahead()
+    if ahead is not None and len(waves) <= halves:
+        ahead(x_TH, ids_TK)
     _compute_slots(layer, beside, products, loads, hits_first=parts > 0)
     for wave, first in enumerate(waves):
         beside.wait(arriving[wave])
@@ -77,8 +77,8 @@ def run_step(
         if wave + halves < len(waves):
             beside.fork()  # The half is free now.
             arriving.append(_stage(layer, beside, waves, wave + halves))
-            if wave + halves + 1 == len(waves):
-                look_ahead()
+            if ahead is not None and wave + halves + 1 == len(waves):
+                ahead(x_TH, ids_TK)
     return products.total()
 
 

@@ -74,10 +74,10 @@ def engine_with(num_slots: int, device: torch.device) -> Iterator[OffloadEngine]
             weights = torch.randn(view.shape, generator=generator) / view.shape[-1] ** 0.5
             view.copy_(2 * weights)
     engine.plan()
+    engine.finish_loading()
     engine.arena.buffer.fill_(POISON)
     for block in engine.staging.blocks:
         block.fill_(POISON)
-    engine.finish_loading()
     assert engine._layers[0].operations is TRITON
     try:
         yield engine

@@ -25,7 +25,8 @@ IDLE = SchedulerOutput.make_empty()
 
 
 LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0, found=2,
-                    foreseeable=4)  # fmt: skip
+                    foreseeable=4, prefetched=5, prefetch_hits=4, row_seconds=0.5)  # fmt: skip
+SHARES = {"coverage": 0.5, "precision": 0.8, "transfer_seconds": 4.5}
 
 
 class FakeEngine:
@@ -176,7 +177,7 @@ def test_untouched_without_an_engine(was_loaded):
 
 def test_statistics_of_one_engine():
     stats = loaded(FakeEngine()).moe_offload_stats()
-    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3", "coverage": 0.5}]
+    assert stats.pop("by_layer") == [asdict(LAYER) | {"layer": "3", **SHARES}]
     assert stats.pop("policies") == {"eviction": "lru"}
     assert stats == COUNTS.as_dict()
 

@@ -3,10 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from vllm_moe_offload.trace import Trace
 
-RECORDED = Path(__file__).parents[3] / "shared" / "traces"
+_FOLDER = Path(__file__).parents[3] / "shared" / "traces"
+
+
+def recorded(*names: str) -> list[Path]:
+    """Files of recorded traces, all that there are without names; skips the test without them."""
+    paths = [_FOLDER / f"{name}.npz" for name in names] or sorted(_FOLDER.glob("*.npz"))
+    if not paths or not all(path.is_file() for path in paths):
+        pytest.skip("the recorded traces are not here")
+    return paths
 
 
 def trace_of(ids_TLK, num_experts, lengths=None):

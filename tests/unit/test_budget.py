@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from vllm_moe_offload.budget import (
     AUTO_STAGING_BYTES,
-    MIB,
     Budget,
     LayerDemand,
     check_budget,
     plan_budget,
 )
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.memory import HostMemory
+from vllm_moe_offload.sizes import GIB, MIB, format_size
 
 PAGE = 4096
 
@@ -119,7 +119,7 @@ def test_staging_too_small(layers, share):
         plan_budget(layers, config(cache_fraction=0, staging_mb=staging_mb))
     message = str(error.value)
     assert f"staging_mb = {staging_mb}: " in message
-    assert f"two experts of {largest / MIB:.1f} MiB each" in message
+    assert f"two experts of {format_size(largest)} each" in message
     enough = re.search(r"Give at least (\d+), or auto", message)[1]
     plan_budget(layers, config(cache_fraction=0, staging_mb=enough))
 
@@ -159,17 +159,17 @@ def test_device_too_small(options, subject):
         check(32 * GIB, 10 * GIB - 1, **options)
     message = str(error.value)
     assert subject in message
-    assert "slots (8.00 GiB) and staging (2.00 GiB) need 10.00 GiB" in message
-    assert "NVIDIA H200 has 10.00 GiB free" in message
+    assert "slots (8 GiB) and staging (2 GiB) need 10 GiB" in message
+    assert "NVIDIA H200 has 10 GiB free" in message
     assert "Lower gpu_gb, cache_fraction or staging_mb" in message
 
 
-@pytest.mark.parametrize(("on_host", "needed"), [(False, "32.00 GiB"), (True, "42.00 GiB")])
+@pytest.mark.parametrize(("on_host", "needed"), [(False, "32 GiB"), (True, "42 GiB")])
 def test_host_too_small(on_host, needed):
     with pytest.raises(OffloadError) as error:
         check(31 * GIB, 40 * GIB, on_host=on_host)
     message = str(error.value)
-    assert "host pool = 32.00 GiB: " in message
+    assert "host pool = 32 GiB: " in message
     assert f"need {needed} of host memory" in message
-    assert "the container's limit of 99 bytes leaves 31.00 GiB" in message
+    assert "the container's limit of 99 bytes leaves 31 GiB" in message
     assert "raise the container's limit" in message

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_names
+from vllm_moe_offload.checkpoint_check import file_of, missing_expert_tensors, tensor_names
 from vllm_moe_offload.checkpoints import make_checkpoint
 from vllm_moe_offload.errors import OffloadError
 
@@ -115,3 +115,16 @@ def test_index_of_files_that_are_not_here(shards):
     for number, shard in enumerate(shards):
         shard.rename(shard.with_name(f"consolidated{number}.safetensors"))
     assert sorted(tensor_names(shards[0].parent)) == sorted(names)
+
+
+def test_file_of_a_tensor(shards):
+    folder = shards[0].parent
+    for shard in shards:
+        for name in load_file(shard):
+            assert file_of(folder, name) == shard.name
+    assert file_of(folder, "lm_head.nothing") is None
+
+
+@pytest.mark.parametrize("other", ["", "no such folder"])
+def test_no_file_of_another_kind_of_checkpoint(tmp_path, other):
+    assert file_of(tmp_path / other, "lm_head.weight") is None

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vllm_moe_offload.damage import damaged_weights
+from vllm_moe_offload.damage import Damage, damaged_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -58,9 +58,32 @@ def test_large_numbers_are_no_damage():
     assert damaged_weights(views) == []
 
 
-def test_codes_and_scales_are_left_to_others():
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize(("row", "half"), [(0, 0), (5, 1)])
+def test_nan_among_e4m3_codes(code, row, half):
+    """Looked for in rows that are parts of longer ones, as in the pool."""
+    pool_EB = torch.zeros(4, 64, dtype=torch.uint8)
+    codes = pool_EB[:, 8:38].view(4, 6, 5)
+    codes.copy_(torch.arange(0x7F).repeat(2)[:120].view(4, 6, 5))
+    codes[:2] |= 0x80
+    pool_EB[:, 38:] = 0xFF
+    views = {"w13_weight": codes.view(torch.float8_e4m3fn)}
+    assert damaged_weights(views) == []
+    codes[2, row, 3] = code
+    assert damaged_weights(views) == [Damage("w13_weight", 2, "NaN", half)]
+
+
+def test_every_other_e4m3_code_is_a_number():
+    codes = torch.arange(256)[(torch.arange(256) & 0x7F) != 0x7F].to(torch.uint8)
+    views = {"w2_weight": codes.view(torch.float8_e4m3fn)[None, None]}
+    assert views["w2_weight"].float().isfinite().all()
+    assert damaged_weights(views) == []
+
+
+def test_other_codes_and_scales_are_left_to_others():
     views = {
         "w13_weight": torch.full((2, 8), 255, dtype=torch.uint8),
         "w13_scale": torch.full((2, 8), math.nan),
+        "w2_scale": torch.full((2, 8), math.nan).to(torch.float8_e4m3fn),
     }
     assert damaged_weights(views) == []

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.doctor.checks import Finding, is_healthy, judge
 from vllm_moe_offload.doctor.facts import Facts, Gpu, Host, Rates, Software
 from vllm_moe_offload.pcie import Link
+from vllm_moe_offload.sizes import GIB
 
 LINK = Link(4, 16)
 HOST = Host(
@@ -56,7 +56,7 @@ def test_machine_that_is_well():
         "NUMA", "host memory", "memory bandwidth", "cgroup limit", "locked memory", "huge pages",
         "vLLM", "plugin", "libraries",
     ]  # fmt: skip
-    assert finding(WELL, "GPU").value == "GPU of a test, 80.0 GiB, driver 580.1"
+    assert finding(WELL, "GPU").value == "GPU of a test, 80 GiB, driver 580.1"
     assert finding(WELL, "PCIe link").value == "gen4 x16, 31.5 GB/s each way"
     assert finding(WELL, "copy to GPU").value == "25.0 GB/s, 79% of gen4 x16"
     assert finding(WELL, "libraries").value == "torch 2.14.0"
@@ -108,7 +108,7 @@ def test_what_is_wrong(facts, subject, verdict, remedy):
 @pytest.mark.parametrize(
     ("facts", "subject", "value"),
     [
-        (on(WELL, cgroup_bytes=40 * GIB), "cgroup limit", "40.0 GiB of the machine's 64.0 GiB"),
+        (on(WELL, cgroup_bytes=40 * GIB), "cgroup limit", "40 GiB of the machine's 64 GiB"),
         (on(WELL, cgroup_bytes=64 * GIB), "cgroup limit", "none"),
         (on(WELL, memlock_bytes=8 << 20), "locked memory",
          "limit of 8 MiB, but CUDA pinned 512 MiB under it"),

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_moe_offload import cli
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.doctor import command, probe, rates
 from vllm_moe_offload.doctor.facts import Facts, Gpu, Rates
 from vllm_moe_offload.pcie import Link
+from vllm_moe_offload.sizes import GIB
 
 SUBJECTS = {
     "GPU", "host memory", "memory bandwidth", "cgroup limit", "locked memory", "huge pages", "NUMA",

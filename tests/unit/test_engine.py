@@ -136,20 +136,11 @@ def make_engine(layers: list[DenseLayer], **options) -> OffloadEngine:
         for name, view in segment.views().items():
             view.copy_(layer.tensors[name])
     engine.plan()
+    engine.finish_loading()
     engine.arena.buffer.fill_(POISON)
     for block in engine.staging.blocks:
         block.fill_(POISON)
-    engine.finish_loading()
     return engine
-
-
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    """Take the specification, also where Triton's interpreter is switched on for other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        assert operations_for(HOST) is TORCH
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,6 +150,10 @@ def poison_fresh_tensors():
     assert torch.empty(3).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def test_engines_run_the_specification_here():
+    assert operations_for(HOST) is TORCH
 
 
 def shapes(**fixed):
@@ -455,8 +450,8 @@ def test_one_line_about_an_engine():
     layers = [example_layer(8), example_layer(4, dtype=torch.bfloat16)]
     engine = make_engine(layers, cache_fraction=0.5, staging_mb=1)
     assert describe(engine) == (
-        "moe-offload: 2 MoE layers of 4 to 8 experts, 48.0 KiB in the host pool, "
-        "2 to 4 slots a layer taking 24.0 KiB of cpu memory, 1.0 MiB of staging"
+        "moe-offload: 2 MoE layers of 4 to 8 experts, 48 KiB in the host pool, "
+        "2 to 4 slots a layer taking 24 KiB of cpu memory, 1 MiB of staging"
     )
 
 
@@ -476,23 +471,23 @@ def refused_plan(monkeypatch, available: int, **options) -> str:
 def test_slots_and_staging_larger_than_the_device(monkeypatch):
     message = refused_plan(monkeypatch, 1 << 30, gpu_gb=1, staging_mb=64)
     assert "gpu_gb = 1.0: " in message
-    assert "slots (1.00 GiB) and staging (0.06 GiB) need 1.06 GiB" in message
-    assert "the container's limit of 77 bytes has 1.00 GiB free" in message
+    assert "slots (1 GiB) and staging (64 MiB) need 1.06 GiB" in message
+    assert "the container's limit of 77 bytes has 1 GiB free" in message
     assert "Lower gpu_gb, cache_fraction or staging_mb" in message
 
 
 def test_pool_larger_than_the_host(monkeypatch):
     message = refused_plan(monkeypatch, 2 << 30, cache_fraction=0, staging_mb=64)
-    assert "host pool = 2.00 GiB: " in message
+    assert "host pool = 2 GiB: " in message
     assert "need 2.06 GiB of host memory" in message
-    assert "the container's limit of 77 bytes leaves 2.00 GiB" in message
+    assert "the container's limit of 77 bytes leaves 2 GiB" in message
     assert "raise the container's limit" in message
 
 
 def test_staging_too_small_for_two_experts(monkeypatch):
     message = refused_plan(monkeypatch, 1 << 40, staging_mb=1.5)
     assert "staging_mb = 1.5: " in message
-    assert "two experts of 1.0 MiB each" in message
+    assert "two experts of 1 MiB each" in message
     assert "Give at least 2, or auto" in message
 
 
@@ -521,11 +516,17 @@ def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
             x_TH, weight_TK = inputs(layer, ids_TK, seed)
             y_TH = engine.run(number, x_TH, weight_TK, ids_TK)
             assert same_bits(y_TH, layer.run(x_TH, weight_TK, ids_TK))
+    # Copies within the device are no traffic.
+    pinned, held = engine.layer_counts()
+    assert held.misses > 0
+    assert held.demand_bytes == held.wave_bytes == held.transfer_seconds == 0
+    assert engine.stats().bytes_moved == pinned.demand_bytes + pinned.wave_bytes > 0
+    assert pinned.transfer_seconds > 0
     engine.close()
 
 
 def test_cost_of_memory_that_cannot_be_pinned():
     said = engine_module._cost_of_unpinned(3 << 30, 8 << 30)
-    assert "refused to pin 3.0 GiB of the host pool's 8.0 GiB" in said
+    assert "refused to pin 3 GiB of the host pool's 8 GiB" in said
     assert "less to the KV cache" in said
     assert "memlock" in said

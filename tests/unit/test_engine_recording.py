@@ -9,12 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload import engine as engine_module
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.residency import Residency
@@ -25,11 +23,6 @@ HIDDEN, TOP_K, MAX_TOKENS = 16, 2, 80
 LAYOUT = ExpertLayout.pack(
     [("w13_weight", (16, HIDDEN), torch.float32), ("w2_weight", (HIDDEN, 8), torch.float32)]
 )
-
-
-@pytest.fixture(autouse=True)
-def torch_operations(monkeypatch):
-    monkeypatch.setattr(engine_module, "operations_for", lambda _device: TORCH)
 
 
 def build(routings, *, log_tokens=0, share=0.5) -> OffloadEngine:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import RECORDED, random_trace, trace_of
+from traces import random_trace, recorded, trace_of
 
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.candidates import HIT, LRU
@@ -114,10 +114,7 @@ def test_hits_are_those_of_the_simulator_over_a_long_trace(cache, batch):
     ],
 )
 def test_hits_are_those_of_the_simulator_on_recorded_traces(name, cache, batch):
-    path = RECORDED / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
-    whole = load(path)
+    whole = load(*recorded(name))
     starts = np.unique(np.minimum(whole.sequence_starts, 400))
     trace = trace_of(whole.expert_ids[:400], whole.num_experts, np.diff(starts))
     simulated = replay(trace, "adaptive", [cache], batch=batch)

@@ -22,7 +22,8 @@ from vllm_moe_offload.metrics.reporter import Reporter, line
 
 LAYER = LayerCounts("model.layers.0.mlp.experts", experts=8, slots=2, row_bytes=100, resident=2,
                     active=10, hits=4, loads=5, streams=1, surplus=3, prefetched=3,
-                    prefetch_hits=2, guessed=9, found=7, foreseeable=8)  # fmt: skip
+                    prefetch_hits=2, guessed=9, found=7, foreseeable=8,
+                    row_seconds=0.25)  # fmt: skip
 OTHER = replace(LAYER, layer="model.layers.1.mlp.experts", active=11, hits=5)
 
 
@@ -43,7 +44,7 @@ def samples(pages) -> dict[tuple, float]:
             labels = dict(sample.labels)
             assert labels.pop("model_name") == "served"
             assert labels.pop("engine") == "0"
-            order = ("worker", "layer", "tier", "cause", "eviction")
+            order = ("worker", "layer", "tier", "cause", "eviction", "predictor")
             values = [labels.pop(name) for name in order if name in labels]
             assert labels == {}
             found[sample.name.removeprefix(PREFIX), *values] = sample.value
@@ -51,7 +52,8 @@ def samples(pages) -> dict[tuple, float]:
 
 
 def test_metric_set():
-    found = samples([make_page(policies={"eviction": "lru"}, pcie_bytes_per_s=2.5e10)])
+    policies = {"eviction": "lru", "predictor": "eam"}
+    found = samples([make_page(policies=policies, pcie_bytes_per_s=2.5e10)])
     assert found == {
         ("hits_total", "0", "0"): 4, ("hits_total", "0", "1"): 5,
         ("misses_total", "0", "0"): 6, ("misses_total", "0", "1"): 6,
@@ -61,12 +63,25 @@ def test_metric_set():
         ("bytes_total", "0", "1", "host", "wave"): 400,
         ("bytes_total", "0", "0", "host", "prefetch"): 300,
         ("bytes_total", "0", "1", "host", "prefetch"): 300,
+        ("transfer_seconds_total", "0", "0", "host", "demand"): 1.25,
+        ("transfer_seconds_total", "0", "1", "host", "demand"): 1.25,
+        ("transfer_seconds_total", "0", "0", "host", "wave"): 1,
+        ("transfer_seconds_total", "0", "1", "host", "wave"): 1,
+        ("transfer_seconds_total", "0", "0", "host", "prefetch"): 0.75,
+        ("transfer_seconds_total", "0", "1", "host", "prefetch"): 0.75,
+        ("prefetched_total", "0", "0"): 3, ("prefetched_total", "0", "1"): 3,
+        ("prefetch_hits_total", "0", "0"): 2, ("prefetch_hits_total", "0", "1"): 2,
+        ("predicted_total", "0", "0"): 9, ("predicted_total", "0", "1"): 9,
+        ("predicted_hits_total", "0", "0"): 7, ("predicted_hits_total", "0", "1"): 7,
+        ("foreseeable_total", "0", "0"): 8, ("foreseeable_total", "0", "1"): 8,
+        ("prefetch_precision", "0", "0"): 2 / 3, ("prefetch_precision", "0", "1"): 2 / 3,
+        ("prefetch_coverage", "0", "0"): 7 / 8, ("prefetch_coverage", "0", "1"): 7 / 8,
         ("resident_experts", "0", "0"): 2, ("resident_experts", "0", "1"): 2,
         ("slots", "0", "0"): 2, ("slots", "0", "1"): 2,
         ("experts", "0", "0"): 8, ("experts", "0", "1"): 8,
         ("pool_bytes", "0"): 1600, ("slot_bytes", "0"): 400, ("staging_bytes", "0"): 200,
         ("pcie_bytes_per_second", "0"): 2.5e10, ("snapshot_timestamp_seconds", "0"): 12.5,
-        ("policy_info", "0", "lru"): 1,
+        ("policy_info", "0", "lru", "eam"): 1,
     }  # fmt: skip
 
 
@@ -74,6 +89,13 @@ def test_every_worker_has_its_samples():
     one, two = samples([make_page(0)]), samples([make_page(0), make_page(1)])
     assert len(two) == 2 * len(one)
     assert ("pcie_bytes_per_second", "0") not in one
+
+
+def test_no_share_of_nothing():
+    idle = replace(LAYER, layer="0", prefetched=0, prefetch_hits=0, foreseeable=0, found=0)
+    found = samples([replace(make_page(), layers=[idle])])
+    assert found["prefetched_total", "0", "0"] == 0
+    assert not {"prefetch_precision", "prefetch_coverage"} & {name for name, *_ in found}
 
 
 def test_nothing_without_workers():
@@ -318,8 +340,21 @@ def test_line(make):
     engine.hits = 6
     assert line(engine.total(engine.layer_counts())) == (
         "moe-offload: 50.0% of 12 active experts were in slots, 6 missed; moved 0.00 GiB (0.00 on "
-        "demand, 0.00 in waves), 2 of 2 slots in use"
+        "demand, 0.00 in waves, 0.00 ahead) in 0.0 s, 2 of 2 slots in use"
     )
+
+
+def test_line_with_predictions(make):
+    engine, *_ = make()
+    stats = replace(
+        engine.total(engine.layer_counts()), demand_bytes=1 << 30, prefetch_bytes=3 << 30,
+        bytes_moved=4 << 30, transfer_seconds=2.54, foreseeable=8, found=6,
+    )  # fmt: skip
+    moved = "moved 4.00 GiB (1.00 on demand, 0.00 in waves, 3.00 ahead) in 2.5 s, 2 of 2 slots in "
+    coverage = "use, 75.0% of active experts were foreseen"
+    assert line(stats).endswith(moved + coverage)
+    fetched = replace(stats, prefetched=10, prefetch_hits=9)
+    assert line(fetched).endswith(moved + coverage + ", 90.0% of those moved ahead were read")
 
 
 def test_thread_reports_and_ends(make):
@@ -352,6 +387,8 @@ def test_counts_of_a_layer():
     assert LAYER.is_whole
     assert not replace(LAYER, hits=3).is_whole
     assert (LAYER.misses, LAYER.demand_bytes, LAYER.wave_bytes) == (6, 500, 400)
-    assert (LAYER.prefetch_bytes, LAYER.coverage) == (300, 7 / 8)
+    assert (LAYER.prefetch_bytes, LAYER.coverage, LAYER.precision) == (300, 7 / 8, 2 / 3)
     assert replace(LAYER, foreseeable=0).coverage is None
+    assert replace(LAYER, prefetched=0).precision is None
+    assert LAYER.transfer_seconds == 12 * 0.25
     assert LayerCounts(**asdict(LAYER)) == LAYER

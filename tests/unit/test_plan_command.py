@@ -10,8 +10,9 @@ import pytest
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.checkpoints import make_checkpoint
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.planner import GPU_UTILISATION
+from vllm_moe_offload.sizes import GIB, format_size
 
 KEYS = {
     "dense_bytes", "expert_bytes", "bytes_per_expert", "moe_layers", "experts_per_layer", "top_k",
@@ -109,6 +110,26 @@ def test_tables(capsys, moe):
     assert max(len(line) for line in text.splitlines() if "vllm serve" not in line) < 110
 
 
+def test_what_the_default_size_of_the_slots_does(capsys, moe):
+    answer = plan_json(capsys, moe)
+    assert answer["automatic"]["slots_per_layer"] == 4
+    assert answer["automatic"]["slot_bytes"] == 4 * 4 * answer["row_bytes"]
+    with_auto = "With gpu_gb=auto, the default, 4 of 16 experts a layer have a slot, "
+    size = format_size(answer["automatic"]["slot_bytes"])
+    assert f"{with_auto}{size} in all, which fits." in plan(capsys, moe)
+    small = plan(capsys, moe, "--gpu-gb", "1.6", "--concurrency", "40")
+    assert f"{with_auto}{size} in all, for which " in small
+    assert " are lacking." in small
+
+
+def test_tables_of_a_predictor(capsys, moe):
+    assert "tables of" not in plan(capsys, moe)
+    assert "GPU: tables of markov" in plan(capsys, moe, "--predictor", "markov")
+    answer = plan_json(capsys, moe, "--predictor", "markov")
+    assert answer["gpu"]["predictor_bytes"] > 0
+    assert "--moe-offload-predictor markov " in answer["serve"]
+
+
 def test_not_fitting_is_an_answer(capsys, moe):
     arguments = (moe, "--gpu-gb", "1.6", "--host-gb", "2", "--concurrency", "40")
     answer = plan_json(capsys, *arguments)
@@ -165,6 +186,7 @@ def test_error_has_its_remedy(capsys, tmp_path):
         ("--concurrency", "0"),
         ("--max-model-len", "1.5"),
         ("--dtype", "int3"),
+        ("--predictor", "oracle"),
         ("--pcie", "gen5", "--pcie-gb-s", "50"),
         ("--doctor", "file", "--pcie", "gen5"),
     ],

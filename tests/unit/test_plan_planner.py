@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.budget import LayerDemand, plan_budget
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.changes import smallest_changes
 from vllm_moe_offload.plan.kv_cache import KvCache, LayerCache
 from vllm_moe_offload.plan.model import Model
 from vllm_moe_offload.plan.planner import (
+    GPU_UTILISATION,
     HIT_RATIOS,
     Plan,
     Request,
@@ -26,6 +27,8 @@ from vllm_moe_offload.plan.planner import (
     sweep_bytes,
 )
 from vllm_moe_offload.plan.tensors import MoeLayer, Volume, Weights
+from vllm_moe_offload.predictors.sizes import table_bytes
+from vllm_moe_offload.sizes import GIB
 
 PARAMETERS = 3 * 2048 * 768
 """Of one expert of Qwen3-30B-A3B."""
@@ -105,6 +108,40 @@ def test_command_line_names_the_served_type():
 
 def test_model_name_is_quoted():
     assert "serve 'a b' --plugin" in serve_command(plan(model="a b"))
+
+
+@pytest.mark.parametrize("predictor", ["none", "gate", "markov", "eam"])
+@pytest.mark.parametrize("gib", [31 / 4, 24, 140])
+def test_predictors_take_their_tables_from_the_slots(predictor, gib):
+    without, made = (plan(predictor=name, gpu_bytes=int(gib * GIB)) for name in ("none", predictor))
+    taken = table_bytes(predictor, 48, 128)
+    assert made.predictor_bytes == taken
+    assert made.gpu_needed - made.budget.device_bytes == (
+        without.gpu_needed - without.budget.device_bytes + taken
+    )
+    assert made.fits
+    _, options = options_of(serve_command(made))
+    assert options.predictor == predictor
+
+
+def test_predictor_that_takes_a_slot():
+    """A GPU that is full to the last byte."""
+    full = plan()
+    usable = full.gpu_needed + table_bytes("markov", 48, 128) - 1
+    gpu_bytes = math.ceil(usable / GPU_UTILISATION)
+    assert plan(gpu_bytes=gpu_bytes).slots_per_layer == full.slots_per_layer
+    made = plan(gpu_bytes=gpu_bytes, predictor="markov")
+    assert made.slots_per_layer == full.slots_per_layer - 1
+
+
+@given(layers=st.integers(1, 60), experts=st.integers(1, 300), gpu=st.integers(1, 200))
+def test_automatic_size_is_what_the_plugin_takes(layers, experts, gpu):
+    made = plan(model(layers=layers, experts=experts), gpu_bytes=gpu * GIB)
+    demands = [LayerDemand(m.name, m.num_experts, row)
+               for m, row in zip(made.offloaded, made.rows, strict=True)]  # fmt: skip
+    assert made.automatic == plan_budget(demands, MoeOffloadConfig.parse({"gpu_gb": "auto"}))
+    others = made.gpu_needed - made.budget.device_bytes
+    assert made.needed_with(made.automatic) == others + made.automatic.device_bytes
 
 
 def test_all_in_slots():

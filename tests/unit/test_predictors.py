@@ -6,7 +6,7 @@ Legend: T tokens, L layers, K choices a token, E experts, H hidden size.
 import numpy as np
 import pytest
 import torch
-from traces import RECORDED, random_trace
+from traces import random_trace, recorded
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.fixed_point import FRACTION_BITS
@@ -15,6 +15,7 @@ from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.figures import REFRESH, WINDOW
 from vllm_moe_offload.predictors.gate import GatePredictor
 from vllm_moe_offload.predictors.markov import MarkovPredictor
+from vllm_moe_offload.predictors.sizes import table_bytes
 from vllm_moe_offload.simulate.predictors import MarkovPredictor as SimulatedMarkov
 from vllm_moe_offload.simulate.predictors import best_guesses
 from vllm_moe_offload.simulate.steps import iterate, schedule
@@ -22,13 +23,6 @@ from vllm_moe_offload.trace import load
 
 HOST = torch.device("cpu")
 M = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        yield
 
 
 def make(name, trace):
@@ -227,14 +221,20 @@ def test_damaged_or_foreign_arrays(name):
         assert not any(array.any() for array in fresh.to_arrays().values())
 
 
+@pytest.mark.parametrize("name", ["markov", "eam"])
+def test_planned_bytes_are_those_of_the_tables(name):
+    trace = random_trace(0, layers=5, experts=48)
+    tables = [t for t in vars(make(name, trace).tables).values() if 48 in t.shape]
+    assert len(tables) > 0
+    planned = table_bytes(name, trace.num_layers, trace.num_experts)
+    assert planned == sum(table.nbytes for table in tables)
+
+
 @pytest.mark.traces
 @pytest.mark.parametrize(("name", "bar"), [("markov", 0.48), ("eam", 0.33)])
 @pytest.mark.parametrize("tasks", [("intent", "summary"), ("summary", "intent")])
 def test_recorded_tasks(name, bar, tasks):
-    paths = [RECORDED / f"deepseek-v2-lite.{task}.npz" for task in tasks]
-    if not all(path.exists() for path in paths):
-        pytest.skip("the recorded traces are not here")
-    learned, tested = map(load, paths)
+    learned, tested = map(load, recorded(*(f"deepseek-v2-lite.{task}" for task in tasks)))
     predictor = make(name, tested)
     learn(predictor, learned)
     assert coverage(predictor, tested, learned.top_k) >= bar

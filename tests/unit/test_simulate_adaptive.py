@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from traces import RECORDED, trace_of
+from traces import recorded, trace_of
 
 from vllm_moe_offload.simulate.replay import replay
 from vllm_moe_offload.trace import Trace, load
@@ -13,6 +13,7 @@ CACHES = (0.125, 0.25, 0.5, 0.75)
 WORST = 0.002
 """Hit ratio that may be lost to LRU."""
 
+TASKS = ("deepseek-v2-lite.intent", "deepseek-v2-lite.summary")
 LAYERS, EXPERTS, TOP_K, TOKENS = 8, 64, 6, 2000
 
 
@@ -176,17 +177,10 @@ def test_static_popularity_is_learned():
     assert captured.min() > 0.15
 
 
-def recorded(name):
-    path = RECORDED / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not here")
-    return load(path)
-
-
 @pytest.mark.traces
-@pytest.mark.parametrize("name", ["deepseek-v2-lite.intent", "deepseek-v2-lite.summary"])
+@pytest.mark.parametrize("name", TASKS)
 def test_recorded_tasks(name):
-    above, captured = gains(recorded(name))
+    above, captured = gains(load(*recorded(name)))
     assert above.min() > 0.015
     assert captured[0] > 0.125
     assert captured[1:].min() > 0.2
@@ -194,7 +188,7 @@ def test_recorded_tasks(name):
 
 @pytest.mark.traces
 def test_recorded_chat():
-    above, captured = gains(recorded("qwen3-30b-a3b.chat"))
+    above, captured = gains(load(*recorded("qwen3-30b-a3b.chat")))
     assert above.min() >= 0
     assert captured[:2].min() > 0.15
 
@@ -202,7 +196,7 @@ def test_recorded_chat():
 @pytest.mark.traces
 def test_recorded_tasks_in_turn():
     """Conversations about two things that alternate every 20 tokens."""
-    parts = [recorded(f"deepseek-v2-lite.{name}") for name in ("intent", "summary")]
+    parts = [load(path) for path in recorded(*TASKS)]
     pieces = [part.expert_ids[start : start + 20]
               for start in range(0, 2000, 20) for part in parts]  # fmt: skip
     above, _ = gains(trace_of(np.concatenate(pieces), 64))
@@ -213,7 +207,7 @@ def test_recorded_tasks_in_turn():
 @pytest.mark.parametrize("seed", range(4))
 def test_recorded_short_pieces(seed):
     """A few dozen tokens of some layers, as a server sees them right after its start."""
-    parts = [recorded(f"deepseek-v2-lite.{name}") for name in ("intent", "summary")]
+    parts = [load(path) for path in recorded(*TASKS)]
     random = np.random.default_rng(seed)
     for part, top_k in itertools.product(parts, (2, 6)):
         length = int(random.integers(60, 160))
@@ -226,5 +220,5 @@ def test_recorded_short_pieces(seed):
 @pytest.mark.traces
 def test_lru_replays_a_million_accesses_a_second():
     # Half of the goal, since other work may run on the machine of the tests.
-    result = replay(recorded("deepseek-v2-lite.intent"), "lru", [0.25])
+    result = replay(load(*recorded("deepseek-v2-lite.intent")), "lru", [0.25])
     assert result.accesses / result.seconds > 500_000

@@ -3,12 +3,13 @@ import subprocess
 import sys
 
 import pytest
-from traces import RECORDED, random_trace
+from traces import random_trace, recorded
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.simulate.policies import POLICIES
 from vllm_moe_offload.simulate.replay import replay
-from vllm_moe_offload.simulate.sizes import KNOWN, MIB, expert_bytes
+from vllm_moe_offload.simulate.sizes import KNOWN, expert_bytes
+from vllm_moe_offload.sizes import MIB
 from vllm_moe_offload.trace import Trace, load
 
 KEYS = [
@@ -185,9 +186,7 @@ def test_neither_torch_nor_vllm_is_loaded(files):
 
 @pytest.mark.traces
 def test_recorded(capsys):
-    paths = sorted(map(str, RECORDED.glob("*.npz")))
-    if not paths:
-        pytest.skip("the recorded traces are not here")
+    paths = map(str, recorded())
     rows = rows_of(capsys, *paths, "--cache", "0.25", "--policy", "lru,belady")
     ratios = {row["policy"]: row["hit_ratio"] for row in rows if "intent" in row["trace"]}
     assert ratios["lru"] == pytest.approx(0.506, abs=0.002)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from traces import RECORDED, random_trace, trace_of
+from traces import random_trace, recorded, trace_of
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors import figures
@@ -219,10 +219,7 @@ def test_useless_prefetch_is_all_waste():
 @pytest.mark.parametrize(("name", "bar"), [("markov", 0.48), ("eam", 0.33)])
 @pytest.mark.parametrize("tasks", [("intent", "summary"), ("summary", "intent")])
 def test_recorded_tasks(name, bar, tasks):
-    paths = [RECORDED / f"deepseek-v2-lite.{task}.npz" for task in tasks]
-    if not all(path.exists() for path in paths):
-        pytest.skip("the recorded traces are not here")
-    learned, tested = map(load, paths)
+    learned, tested = map(load, recorded(*(f"deepseek-v2-lite.{task}" for task in tasks)))
     found = accuracy(make_predictor(name, tested, [learned]), tested)
     assert found.coverage_k >= bar
     assert found.coverage_2k > found.coverage_k + 0.1

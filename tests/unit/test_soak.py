@@ -9,7 +9,6 @@ import torch
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.operations import TORCH, operations_for
 from vllm_moe_offload.kernels.resolve import Counter
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
@@ -19,15 +18,6 @@ MANY = 86_400 * 365 * 200
 """Steps of a year at two hundred a second."""
 
 POLICIES = [{"policy": "lru"}, {"policy": "adaptive"}, {"predictor": "markov"}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def torch_operations():
-    """Take the specification: Triton's interpreter, on for other tests, is slow and allocates."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        assert operations_for(torch.device("cpu")) is TORCH
-        yield
 
 
 def make_engine(options) -> OffloadEngine:

@@ -117,7 +117,9 @@ def test_late_copies_give_the_same_bits(slots, staging_rows, seed, tokens):
                 y_TH = beside.run(layer, *tensors)
                 assert torch.equal(y_TH, in_turn.run(layer, *tensors))
                 assert not late._queued, "a step ends with copies that nobody waits for"
-        assert beside.stats() == in_turn.stats()
+        # What a row takes is measured.
+        counted, expected = (replace(e.stats(), transfer_seconds=0) for e in (beside, in_turn))
+        assert counted == expected
         beside.check_integrity()
         if 0 < slots < E:
             assert late.made > 0

@@ -7,11 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload import engine as engine_module
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.sweep import Sweep, Wave, plan_waves
@@ -72,9 +70,8 @@ def test_runs_are_as_long_as_they_can_be(experts):
         assert expert + length < following
 
 
-def build(share: float, monkeypatch) -> OffloadEngine:
+def build(share: float) -> OffloadEngine:
     """Three layers of different sizes; staging holds four experts, a sweep's blocks one."""
-    monkeypatch.setattr(engine_module, "operations_for", lambda _device: TORCH)
     layout = ExpertLayout.pack(
         [
             ("w13_weight", (2 * INTERMEDIATE, HIDDEN), torch.float32),
@@ -120,8 +117,8 @@ def assert_consistent(engine: OffloadEngine) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
-def test_a_sweep_gives_the_bits_of_ordinary_steps(share, monkeypatch):
-    swept, stepped = build(share, monkeypatch), build(share, monkeypatch)
+def test_a_sweep_gives_the_bits_of_ordinary_steps(share):
+    swept, stepped = build(share), build(share)
     sweep = sweep_of(swept)
     for step in range(3):
         for layer in range(len(EXPERTS)):
@@ -131,8 +128,8 @@ def test_a_sweep_gives_the_bits_of_ordinary_steps(share, monkeypatch):
             assert_consistent(swept)
 
 
-def test_a_sweep_fills_empty_slots_and_evicts_nobody(monkeypatch):
-    engine = build(0.5, monkeypatch)
+def test_a_sweep_fills_empty_slots_and_evicts_nobody():
+    engine = build(0.5)
     sweep = sweep_of(engine)
     for layer in range(len(EXPERTS)):
         sweep.run(layer, *inputs(0, layer))
@@ -144,8 +141,8 @@ def test_a_sweep_fills_empty_slots_and_evicts_nobody(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_every_absent_expert_is_counted_once_a_step(monkeypatch):
-    engine = build(0.5, monkeypatch)
+def test_every_absent_expert_is_counted_once_a_step():
+    engine = build(0.5)
     sweep = sweep_of(engine)
     for layer in range(len(EXPERTS)):
         sweep.run(layer, *inputs(0, layer))
@@ -156,8 +153,8 @@ def test_every_absent_expert_is_counted_once_a_step(monkeypatch):
     assert engine.stats().bytes_moved == absent * engine.specs[0].layout.row_bytes
 
 
-def test_a_sweep_left_half_way_starts_anew(monkeypatch):
-    engine, other = build(0.3, monkeypatch), build(0.3, monkeypatch)
+def test_a_sweep_left_half_way_starts_anew():
+    engine, other = build(0.3), build(0.3)
     sweep = sweep_of(engine)
     sweep.run(0, *inputs(0, 0))
     sweep.settle()  # an ordinary step comes between
@@ -168,8 +165,8 @@ def test_a_sweep_left_half_way_starts_anew(monkeypatch):
     assert_consistent(engine)
 
 
-def test_a_sweep_may_begin_at_any_layer(monkeypatch):
-    engine, other = build(0.3, monkeypatch), build(0.3, monkeypatch)
+def test_a_sweep_may_begin_at_any_layer():
+    engine, other = build(0.3), build(0.3)
     sweep = sweep_of(engine)
     for layer in (1, 2, 0, 2):
         tensors = inputs(0, layer)
@@ -182,8 +179,8 @@ def begun(sweep: Sweep) -> set[int]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_copies_begin_before_the_first_layer_and_follow_the_last(share, monkeypatch):
-    engine, other = build(share, monkeypatch), build(share, monkeypatch)
+def test_copies_begin_before_the_first_layer_and_follow_the_last(share):
+    engine, other = build(share), build(share)
     sweep = sweep_of(engine)
     sweep.begin()
     for step in range(3):
@@ -198,8 +195,8 @@ def test_copies_begin_before_the_first_layer_and_follow_the_last(share, monkeypa
     assert_consistent(engine)
 
 
-def test_nothing_follows_a_part_of_a_step(monkeypatch):
-    engine = build(0.3, monkeypatch)
+def test_nothing_follows_a_part_of_a_step():
+    engine = build(0.3)
     sweep = sweep_of(engine)
     sweep.follow()
     assert begun(sweep) == set()
@@ -217,8 +214,8 @@ def test_nothing_follows_a_part_of_a_step(monkeypatch):
     assert begun(sweep) == set()
 
 
-def test_copies_of_no_use_are_counted(monkeypatch):
-    engine = build(0.3, monkeypatch)
+def test_copies_of_no_use_are_counted():
+    engine = build(0.3)
     sweep = sweep_of(engine)
     for layer in range(len(EXPERTS)):
         sweep.run(layer, *inputs(0, layer))
@@ -230,8 +227,8 @@ def test_copies_of_no_use_are_counted(monkeypatch):
     assert engine.stats().bytes_moved == ahead * engine.specs[0].layout.row_bytes
 
 
-def test_an_engine_looks_ahead_where_it_is_sure_of_a_sweep(monkeypatch):
-    engine = build(0.3, monkeypatch)
+def test_an_engine_looks_ahead_where_it_is_sure_of_a_sweep():
+    engine = build(0.3)
     engine._sweep = sweep = sweep_of(engine)
     sure = -(-16 * max(EXPERTS) // 3)  # tokens that make 16 pairs an expert
     for tokens in (0, sure - 1):

@@ -2,7 +2,7 @@ import builtins
 
 import numpy as np
 import pytest
-from traces import RECORDED, random_trace, trace_of
+from traces import random_trace, recorded, trace_of
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.trace import Trace
@@ -116,9 +116,6 @@ def test_plot_without_matplotlib(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.traces
 def test_recorded(capsys):
-    paths = sorted(RECORDED.glob("*.npz"))
-    if not paths:
-        pytest.skip("the recorded traces are not here")
-    for path in paths:
+    for path in recorded():
         assert cli.main(["trace", "show", str(path)]) == 0
         assert "DeepSeek-V2-Lite" in (text := capsys.readouterr().out) or "qwen3" in text

@@ -6,13 +6,11 @@ Legend: T tokens, L layers, K choices a token, E experts.
 import numpy as np
 import pytest
 import torch
-from traces import RECORDED, trace_of
+from traces import recorded, trace_of
 
-from vllm_moe_offload import engine as engine_module
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
-from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.kernels.resolve import resolve_torch
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
@@ -52,11 +50,6 @@ class Cache:
                 resolve_torch(ids_K[None], residency.tables, residency.work, evict=True)
             self.engine._eviction.learn()
         return self.engine.stats().hit_ratio
-
-
-@pytest.fixture(autouse=True)
-def torch_operations(monkeypatch):
-    monkeypatch.setattr(engine_module, "operations_for", lambda _device: TORCH)
 
 
 def restarts(trace, share, points, path):
@@ -108,10 +101,7 @@ def test_the_first_tokens_after_a_restart(share, seed, tmp_path):
 @pytest.mark.parametrize("share", [0.25, 0.5])
 @pytest.mark.parametrize("name", ["deepseek-v2-lite.summary", "qwen3-30b-a3b.chat"])
 def test_recorded_traces(name, share, tmp_path):
-    path = RECORDED / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip("the recorded traces are not here")
-    trace = load(path)
+    trace = load(*recorded(name))
     points = [64] if trace.num_tokens < 1000 else [2000, 5000]
     warm, _, steady = restarts(trace, share, points, tmp_path / "warm")
     assert (warm >= 0.9 * steady).all()

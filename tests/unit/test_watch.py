@@ -30,7 +30,7 @@ vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
 """
 
 LAYER = LayerCounts("0", experts=8, slots=4, row_bytes=1000, resident=3, active=10, hits=6, loads=3,
-                    streams=1, surplus=2)  # fmt: skip
+                    streams=1, surplus=2, row_seconds=0.2)  # fmt: skip
 
 
 def page(rank: int = 0, link: float | None = 3e10, **counts) -> Page:
@@ -57,6 +57,9 @@ def test_sample_of_two_workers():
     assert set(sample.layers.values()) == {LayerSample(hits=12, misses=8, resident=6, slots=8)}
     assert sample.bytes_by_cause == {"demand": 6 * 3000, "wave": 6 * 3000, "prefetch": 0}
     assert (sample.workers, sample.counted_at, sample.time) == (2, 50.0, 7.0)
+    assert sample.transfer_seconds == pytest.approx(6 * 0.6 + 6 * 0.6)
+    assert (sample.prefetched, sample.prefetch_hits) == (0, 0)
+    assert (sample.foreseeable, sample.predicted_hits) == (0, 0)
     assert (sample.link_bytes_per_s, sample.slot_bytes) == (6e10, 24000)
     assert (sample.policies, sample.models) == ({"eviction": "lru"}, ("m",))
     assert (sample.generated_tokens, sample.prompt_tokens) == (100, 40)
@@ -81,13 +84,15 @@ def test_change():
     layers = {"10": before.layers["10"], "2": replace(before.layers["2"], hits=15, misses=5),
               "draft.0": replace(before.layers["draft.0"], misses=5)}  # fmt: skip
     after = later(before, layers=layers, bytes_by_cause={"demand": 13000.0, "wave": 9500.0},
-                  generated_tokens=150.0, prompt_tokens=44.0)  # fmt: skip
+                  transfer_seconds=before.transfer_seconds + 0.5, generated_tokens=150.0,
+                  prompt_tokens=44.0)  # fmt: skip
     change = Change.between(before, after)
     assert change == Change(
         seconds=2.0,
         hit_ratio=9 / 11,
         hit_ratio_by_layer={"10": None, "2": 0.9, "draft.0": 0.0},
         bytes_per_s_by_cause={"demand": 2000.0, "wave": 250.0},
+        transfer_share=0.25,
         generated_per_s=25.0,
         prompt_per_s=2.0,
     )
@@ -129,9 +134,23 @@ def test_frame():
     assert "1 worker, eviction lru, counted 3 s ago" in drawn
     assert "25.0 generated, 0.0 prompt, 3 requests running, 1 waiting" in drawn
     assert "hit ratio  -, 60% since the start" in drawn
-    assert "1.5 GB/s (demand 1.5 GB/s, wave 0 B/s), 5% of the PCIe bound 30.0 GB/s" in drawn
-    assert "9 of 12 in use, 12.0 kB" in drawn
+    assert "1.5 GB/s (demand 1.5 GB/s, wave 0 bytes/s), 5% of the PCIe bound 30.0 GB/s" in drawn
+    assert "transfers  0% of the time" in drawn
+    assert "foreseen" not in drawn
+    assert "9 of 12 in use, 11.72 KiB" in drawn
     assert "layer      10 ██████░░░░  60% 3/4" in drawn
+
+
+def test_frame_of_a_server_that_predicts():
+    foreseen = {"found": 6, "foreseeable": 8, "guessed": 9}
+    before = parse(page(**foreseen), page(1, **foreseen))
+    drawn = draw(
+        before, Change.between(before, later(before, transfer_seconds=before.transfer_seconds + 1))
+    )
+    assert "foreseen   75% of active experts, none moved ahead" in drawn
+    assert "transfers  25% of the time" in drawn, "half of the time of one of two workers"
+    drawn = draw(parse(page(**foreseen, prefetched=5, prefetch_hits=4)), None)
+    assert "foreseen   75% of active experts, 80% of those moved ahead were read" in drawn
 
 
 def test_frame_of_a_first_reading():

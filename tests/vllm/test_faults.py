@@ -1,16 +1,17 @@
-"""What a server survives, and how it ends: requests of every kind, signals, kills.
+"""What a server survives, and how it ends: requests of every kind, signals, kills, bad files.
 
 Servers take most of the time here: what can be asked of one that goes on is asked of the same.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -235,8 +236,10 @@ def shared_memory(server):
     """
     found = set()
     for pid in server.processes():
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        found |= {line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line}
+        # A process may end while we look.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line}
     found = {name for name in found if "/sem." not in name}
     return {name for name in found if not name.endswith("(deleted)")}
 
@@ -268,15 +271,25 @@ def test_sigterm_under_load(server, place):
     assert_ends_cleanly(server, place, signal.SIGTERM)
 
 
-def test_killed_engine_and_killed_server(start, place):
-    """A kill of any process ends all others, and the next start works with the same port."""
-    server = start()
-    server.wait_until_healthy()
-    with load(server.url):
-        os.kill(pid_of(server, "EngineCore"), signal.SIGKILL)
-        server.process.wait(30)
-    assert_gone(server, place)
+def test_killed_engine_and_killed_worker(start, place):
+    """A kill of any process ends all others."""
 
+    def end(server, name):
+        server.wait_until_healthy()
+        with load(server.url):
+            os.kill(pid_of(server, name), signal.SIGKILL)
+            server.process.wait(30)
+
+    servers = [start(), start(port=free_port(), workers=2)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(end, servers, ("EngineCore", "Worker_TP1")))
+    for server in servers:
+        server.wait_until(lambda server=server: not server.processes(), 30)
+    assert all(is_orphaned(folder / ".claim") for folder in folders(place))
+
+
+def test_killed_server(start, place):
+    """A start after kills works with the same port."""
     server = start(workers=2)
     server.wait_until_healthy()
     assert len(folders(place)) == 1
@@ -314,6 +327,18 @@ def test_signals_while_loading(start, place):
         assert "/vllm_moe_offload/" not in server.log, server.log[-6000:]
         assert_gone(server, place, 5)
     assert not folders(place)
+
+
+def test_file_that_is_cut_off(checkpoint, place, tmp_path):
+    """The server says which, and ends, before any process of it loads weights."""
+    folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "model")
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    os.truncate(file, file.stat().st_size // 2)
+    with started(folder, tmp_path / "log", temporary=place.temporary) as server:
+        assert server.process.wait(60) != 0
+        assert f"checkpoint = {file}: " in server.log
+        assert "Download the checkpoint again" in server.log
+        assert "EngineCore" not in server.log
 
 
 def pid_of(server, name):

@@ -102,6 +102,15 @@ def test_fp8_rounds_activations(quantised, monkeypatch):
     assert 1e-4 < max(apart) < 0.5
 
 
+@pytest.mark.parametrize("form", ["fp8", "w4a16"])
+def test_dummy_weights(quantised, form, monkeypatch):
+    from vllm_moe_offload import layer
+
+    monkeypatch.setattr(layer, "damaged_weights", lambda _: pytest.fail("nothing was loaded"))
+    with engine(quantised(form), family_of(form), load_format="dummy", **offloaded()) as llm:
+        assert len(tokens(generate(llm, PROMPTS, 4))[0]) == 4
+
+
 def refusal(path, form, **kwargs):
     with (
         pytest.raises(OffloadError) as error,
@@ -127,6 +136,7 @@ def copy_with(source, target, change=None, **quantization):
 @pytest.mark.parametrize(
     ("form", "name", "value", "problem"),
     [
+        ("fp8", "weight", float("nan"), "NaN"),
         ("fp8", "weight_scale_inv", float("nan"), "NaN"),
         ("fp8", "weight_scale_inv", -1.0, "a negative value"),
         ("fp8", "weight_scale_inv", 0.0, "zero over weights"),
@@ -134,7 +144,7 @@ def copy_with(source, target, change=None, **quantization):
         ("nvfp4", "weight_scale_2", float("nan"), "NaN"),
     ],
 )
-def test_damaged_scales(quantised, tmp_path, form, name, value, problem):
+def test_damaged_values(quantised, tmp_path, form, name, value, problem):
     damaged = f"model.layers.1.mlp.experts.3.down_proj.{name}"
     where = []
 

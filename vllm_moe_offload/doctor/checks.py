@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.doctor.facts import Facts, Gpu, Host, Rates, Software
 from vllm_moe_offload.patches.version import OVERRIDE, TESTED
 from vllm_moe_offload.pcie import Link
+from vllm_moe_offload.sizes import GIB, format_rate, format_size
 
 Verdict = Literal["ok", "slow", "broken"]
 
@@ -59,7 +59,7 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
     for gpu in facts.gpus:
         rates = facts.rates.get(gpu.address, Rates(problem=_unseen(facts)))
         name = f"GPU {gpu.address}" if len(facts.gpus) > 1 else "GPU"
-        memory = f", {_gib(gpu.memory_bytes)}" if gpu.memory_bytes else ""
+        memory = f", {format_size(gpu.memory_bytes)}" if gpu.memory_bytes else ""
         yield Finding(name, "ok", f"{gpu.name}{memory}, driver {gpu.driver}")
         yield _link(gpu, rates)
         yield from _rates(gpu, rates)
@@ -80,7 +80,7 @@ def _link(gpu: Gpu, rates: Rates) -> Finding:
         value = f"{now or best or 'not known'}"
         hint = ", under load not known" if best and now is None else ""
         return Finding("PCIe link", "ok", value + hint)
-    value = f"{now}, {_rate(now.bytes_per_s)} each way"
+    value = f"{now}, {format_rate(now.bytes_per_s)} each way"
     if now.bytes_per_s >= best.bytes_per_s:
         return Finding("PCIe link", "ok", value)
     return Finding(
@@ -118,8 +118,8 @@ def _rates(gpu: Gpu, rates: Rates) -> Iterator[Finding]:
 
 def _transfer(name: str, rate: float, share: float, link: Link | None) -> Finding:
     if link is None:
-        return Finding(name, "ok", _rate(rate))
-    value = f"{_rate(rate)}, {rate / link.bytes_per_s:.0%} of {link}"
+        return Finding(name, "ok", format_rate(rate))
+    value = f"{format_rate(rate)}, {rate / link.bytes_per_s:.0%} of {link}"
     if rate >= share * link.bytes_per_s:
         return Finding(name, "ok", value)
     return Finding(
@@ -158,7 +158,7 @@ def _host(facts: Facts) -> Iterator[Finding]:
 
 
 def _memory(host: Host) -> Finding:
-    value = f"{_gib(host.available_bytes)} available of {_gib(host.memory_bytes)}"
+    value = f"{format_size(host.available_bytes)} available of {format_size(host.memory_bytes)}"
     if host.available_bytes >= _LITTLE_MEMORY:
         return Finding("host memory", "ok", value)
     return Finding(
@@ -177,7 +177,7 @@ def _bandwidth(facts: Facts) -> Finding:
     ]
     link = max(links, key=lambda each: each.bytes_per_s, default=REFERENCE_LINK)
     rate = facts.host.bytes_per_s
-    value = f"{_rate(rate)} read and written, {rate / link.bytes_per_s:.1f} times {link}"
+    value = f"{format_rate(rate)} read and written, {rate / link.bytes_per_s:.1f} times {link}"
     if rate >= link.bytes_per_s:
         return Finding("memory bandwidth", "ok", value)
     return Finding(
@@ -192,7 +192,7 @@ def _cgroup(host: Host) -> Finding:
     limit = host.cgroup_bytes
     if limit is None or limit >= host.memory_bytes:
         return Finding("cgroup limit", "ok", "none")
-    value = f"{_gib(limit)} of the machine's {_gib(host.memory_bytes)}"
+    value = f"{format_size(limit)} of the machine's {format_size(host.memory_bytes)}"
     if 2 * limit >= host.memory_bytes:
         return Finding("cgroup limit", "ok", value)
     remedy = "Raise the container's limit (docker run --memory) if the experts need more"
@@ -204,11 +204,11 @@ def _memlock(facts: Facts) -> Finding:
     pinned = max((rates.pinned_bytes for rates in facts.rates.values()), default=0)
     if host.memlock_bytes is None:
         return Finding("locked memory", "ok", "no limit")
-    value = f"limit of {host.memlock_bytes / (1 << 20):g} MiB"
+    value = f"limit of {format_size(host.memlock_bytes)}"
     if host.may_lock:
         return Finding("locked memory", "ok", f"{value}, which does not bind this user")
     if pinned > host.memlock_bytes:
-        proof = f"but CUDA pinned {pinned >> 20} MiB under it"
+        proof = f"but CUDA pinned {format_size(pinned)} under it"
         return Finding("locked memory", "ok", f"{value}, {proof}")
     remedy = "Raise it: ulimit -l unlimited, or docker run --ulimit memlock=-1"
     return Finding("locked memory", "slow", value, remedy)
@@ -258,14 +258,6 @@ def _plugin(software: Software) -> Finding:
         remedy = "Unset VLLM_PLUGINS, or add moe-offload to it"
         return Finding("plugin", "broken", f"{version}, but VLLM_PLUGINS={allowed}", remedy)
     return Finding("plugin", "ok", version)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.1f} GB/s"
 
 
 def _list(numbers: frozenset[int]) -> str:

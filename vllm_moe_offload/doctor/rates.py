@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_moe_offload.doctor.facts import Rates
+from vllm_moe_offload.sizes import MIB
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MIB = 1 << 20
 
 ROW_BYTES = 8 * MIB
 """As large as an expert of a common model."""

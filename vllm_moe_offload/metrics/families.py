@@ -1,6 +1,7 @@
 """The metric set: Prometheus families made of the workers' pages."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -16,9 +17,17 @@ _LAYER = (*_WORKER, "layer")
 
 Family = CounterMetricFamily | GaugeMetricFamily
 
-_LAYER_COUNTERS: dict[str, tuple[str, Callable[[LayerCounts], int]]] = {
+_LAYER_COUNTERS: dict[str, tuple[str, Callable[[LayerCounts], float]]] = {
     "hits": ("Active experts that were in a slot.", lambda layer: layer.hits),
     "misses": ("Active experts that were not in a slot.", lambda layer: layer.misses),
+    "prefetched": ("Experts brought into a slot ahead of a step.", lambda layer: layer.prefetched),
+    "prefetch_hits": ("Those of them that the step then read.", lambda layer: layer.prefetch_hits),
+    "predicted": ("Experts predicted for a step.", lambda layer: layer.guessed),
+    "predicted_hits": ("Those of them that the step then read.", lambda layer: layer.found),
+    "foreseeable": (
+        "Active experts of steps that had a prediction.",
+        lambda layer: layer.foreseeable,
+    ),
 }
 
 _CAUSES: dict[str, Callable[[LayerCounts], int]] = {
@@ -27,10 +36,20 @@ _CAUSES: dict[str, Callable[[LayerCounts], int]] = {
     "prefetch": lambda layer: layer.prefetch_bytes,
 }
 
-_LAYER_GAUGES: dict[str, tuple[str, Callable[[LayerCounts], int]]] = {
+_LAYER_GAUGES: dict[str, tuple[str, Callable[[LayerCounts], float | None]]] = {
     "resident_experts": ("Experts that are in a slot.", lambda layer: layer.resident),
     "slots": ("Slots on the GPU.", lambda layer: layer.slots),
     "experts": ("Experts in the host pool.", lambda layer: layer.experts),
+    "prefetch_precision": (
+        "Share of what was brought in ahead that the step then read, since the start; absent if "
+        "nothing was.",
+        lambda layer: layer.precision,
+    ),
+    "prefetch_coverage": (
+        "Share of the active experts that had been predicted, since the start; absent without "
+        "predictions.",
+        lambda layer: layer.coverage,
+    ),
 }
 
 _WORKER_GAUGES: dict[str, tuple[str, Callable[[Page], float | None]]] = {
@@ -76,11 +95,20 @@ def families(pages: Sequence[Page]) -> Iterator[Metric]:
         "through staging and by sweeps (wave), or ahead of a step (prefetch).",
         labels=(*_LAYER, "tier", "cause"),
     )
+    needed = CounterMetricFamily(
+        f"{PREFIX}transfer_seconds",
+        "What the link needed for these bytes: experts by the time that one took when it was "
+        "measured at the start. Steps stood still for what computation did not hide of demand and "
+        "waves.",
+        labels=(*_LAYER, "tier", "cause"),
+    )
     for cause, count in _CAUSES.items():
         _by_layer(moved, pages, ("host", cause), count)
+        _by_layer(needed, pages, ("host", cause), partial(_seconds, count))
     yield moved
-    for name, (text, count) in _LAYER_GAUGES.items():
-        yield _by_layer(GaugeMetricFamily(PREFIX + name, text, labels=_LAYER), pages, (), count)
+    yield needed
+    for name, (text, value_of) in _LAYER_GAUGES.items():
+        yield _by_layer(GaugeMetricFamily(PREFIX + name, text, labels=_LAYER), pages, (), value_of)
     for name, (text, value) in _WORKER_GAUGES.items():
         gauge = GaugeMetricFamily(PREFIX + name, text, labels=_WORKER)
         for page in pages:
@@ -93,15 +121,20 @@ def families(pages: Sequence[Page]) -> Iterator[Metric]:
     yield policy
 
 
+def _seconds(count: Callable[[LayerCounts], int], layer: LayerCounts) -> float:
+    return layer.seconds_for(count(layer))
+
+
 def _by_layer(
     family: Family,
     pages: Sequence[Page],
     labels: tuple[str, ...],
-    value: Callable[[LayerCounts], int],
+    value: Callable[[LayerCounts], float | None],
 ) -> Family:
     for page in pages:
         for layer in page.layers:
-            family.add_metric([*_labels(page.worker), layer.layer, *labels], value(layer))
+            if (amount := value(layer)) is not None:
+                family.add_metric([*_labels(page.worker), layer.layer, *labels], amount)
     return family
 
 

@@ -13,6 +13,7 @@ from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import EngineStats, OffloadEngine
 from vllm_moe_offload.lifeline import Claim
 from vllm_moe_offload.metrics.page import Page, Worker, claim_page, layer_label
+from vllm_moe_offload.sizes import GIB
 
 PERIOD_S = 1.0
 """Seconds between two readings at most; Prometheus asks every 15 s or so."""
@@ -164,9 +165,19 @@ def labelled(counts: Counts) -> list[LayerCounts]:
 
 def line(stats: EngineStats) -> str:
     """One line for the log."""
+    gib = [n / GIB for n in (stats.demand_bytes, stats.wave_bytes, stats.prefetch_bytes)]
     return (
         f"moe-offload: {stats.hit_ratio:.1%} of {stats.active} active experts were in slots, "
-        f"{stats.misses} missed; moved {stats.bytes_moved / 2**30:.2f} GiB "
-        f"({stats.demand_bytes / 2**30:.2f} on demand, {stats.wave_bytes / 2**30:.2f} in waves), "
-        f"{stats.resident} of {stats.slots} slots in use"
+        f"{stats.misses} missed; moved {stats.bytes_moved / GIB:.2f} GiB ({gib[0]:.2f} on demand, "
+        f"{gib[1]:.2f} in waves, {gib[2]:.2f} ahead) in {stats.transfer_seconds:.1f} s, "
+        f"{stats.resident} of {stats.slots} slots in use{_foresight(stats)}"
     )
+
+
+def _foresight(stats: EngineStats) -> str:
+    """What prediction and prefetch were good for, if there were any."""
+    shares = {
+        "of active experts were foreseen": stats.coverage,
+        "of those moved ahead were read": stats.precision,
+    }
+    return "".join(f", {share:.1%} {text}" for text, share in shares.items() if share is not None)

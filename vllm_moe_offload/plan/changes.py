@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.plan.model import Model, element_size
 from vllm_moe_offload.plan.planner import Plan, Request, make_plan, ranges
+from vllm_moe_offload.sizes import GIB, format_size
 
 _LENGTH_STEP = 256
 _MIN_LENGTH = 512
@@ -173,13 +173,9 @@ def _difference(before: Request, after: Request) -> str:
     elif after.layers is not None and after.layers != before.layers:
         parts.append(f"only layers {ranges(after.layers)} offloaded, the other experts on the GPU")
     if after.host_bytes != before.host_bytes:
-        parts.append(
-            f"{_gib(after.host_bytes)} of host memory instead of {_gib(before.host_bytes)}"
-        )
+        least, given = format_size(after.host_bytes), format_size(before.host_bytes)
+        parts.append(f"{least} of host memory instead of {given}")
     if after.gpu_bytes != before.gpu_bytes:
-        parts.append(f"a GPU of {_gib(after.gpu_bytes)} instead of {_gib(before.gpu_bytes)}")
+        least, given = format_size(after.gpu_bytes), format_size(before.gpu_bytes)
+        parts.append(f"a GPU of {least} instead of {given}")
     return " and ".join(parts)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:g} GiB"

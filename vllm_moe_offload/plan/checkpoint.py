@@ -12,10 +12,9 @@ from vllm_moe_offload.headers import (
     INDEX,
     REPAIR,
     StoredTensor,
-    complete,
-    files_without_index,
     read_header,
     read_json,
+    tensor_files,
     weight_map,
 )
 
@@ -43,10 +42,8 @@ def read_checkpoint(model: str, environment: Mapping[str, str] = os.environ) -> 
     """
     folder = find_folder(model, environment)
     config = read_json(folder / "config.json", "Give a folder in Hugging Face's format")
-    names = weight_map(folder)
-    files = complete(folder, {*names.values()} or files_without_index(folder))
-    tensors = tuple(tensor for file in files for tensor in read_header(file))
-    if lost := sorted(set(names) - {tensor.name for tensor in tensors}):
+    tensors = tuple(tensor for file in tensor_files(folder) for tensor in read_header(file))
+    if lost := sorted(set(weight_map(folder)) - {tensor.name for tensor in tensors}):
         raise OffloadError(
             "checkpoint",
             folder,

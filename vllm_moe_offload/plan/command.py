@@ -18,6 +18,7 @@ DEFAULT_LENGTH = 8192
 """Tokens of a sequence if the user names no number."""
 
 _DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
+_PREDICTORS = ("none", "gate", "markov", "eam")
 
 
 def add_plan_parser(commands: Any) -> None:
@@ -42,6 +43,12 @@ def add_plan_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="auto", help="as of vllm serve; default: auto"
+    )
+    parser.add_argument(
+        "--predictor",
+        choices=_PREDICTORS,
+        default="none",
+        help="as of the plugin: its tables take GPU memory; default: none",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     parser.set_defaults(run=run)
@@ -94,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
-    from vllm_moe_offload.config import GIB
     from vllm_moe_offload.plan.planner import Request
+    from vllm_moe_offload.sizes import GIB
 
     given = arguments.pcie_gb_s or PCIE_GB_PER_S[arguments.pcie]
     longest = min(DEFAULT_LENGTH, model.max_positions or DEFAULT_LENGTH)
@@ -107,6 +114,7 @@ def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
         concurrency=arguments.concurrency,
         dtype=arguments.dtype,
         pcie_bytes_per_s=_measured(arguments.doctor) if arguments.doctor else given * 1e9,
+        predictor=arguments.predictor,
     )
 
 

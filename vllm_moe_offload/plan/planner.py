@@ -8,11 +8,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from vllm_moe_offload.budget import Budget, LayerDemand, plan_budget
-from vllm_moe_offload.config import GIB, MoeOffloadConfig
+from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.plan.model import Model, element_size
 from vllm_moe_offload.plan.tensors import MoeLayer
+from vllm_moe_offload.predictors.sizes import table_bytes
+from vllm_moe_offload.sizes import GIB
 
 GPU_UTILISATION = 0.92
 """Share of a GPU that vLLM uses by default; CUDA's own context lives in the rest."""
@@ -53,6 +56,7 @@ class Request:
     dtype: str
     pcie_bytes_per_s: float
     layers: tuple[int, ...] | None = None
+    predictor: str = "none"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Plan:
         return _kv_bytes(self.model, self.request)
 
     @property
+    def predictor_bytes(self) -> int:
+        """GPU memory for the predictor's tables."""
+        return _predictor_bytes(self.model, self.request)
+
+    @property
     def reserve_bytes(self) -> int:
         """GPU memory for activations and CUDA graphs."""
         return gpu_reserve(self.request.gpu_bytes)
@@ -93,7 +102,17 @@ class Plan:
     @property
     def gpu_needed(self) -> int:
         """GPU memory in use by the plan."""
-        return self.resident_bytes + self.kv_bytes + self.reserve_bytes + self.budget.device_bytes
+        return self.needed_with(self.budget)
+
+    def needed_with(self, budget: Budget) -> int:
+        """GPU memory in use with other slots and staging."""
+        others = self.resident_bytes + self.kv_bytes + self.predictor_bytes + self.reserve_bytes
+        return others + budget.device_bytes
+
+    @cached_property
+    def automatic(self) -> Budget:
+        """What the plugin makes of ``gpu_gb=auto``, its default."""
+        return plan_budget(_demands(self.model, self.request), MoeOffloadConfig())
 
     @property
     def gpu_usable(self) -> int:
@@ -129,13 +148,12 @@ class Plan:
 
 def make_plan(model: Model, request: Request) -> Plan:
     """Give every layer as many slots as the GPU has room for beside everything else."""
-    size = element_size(request.dtype)
-    demands = [LayerDemand(layer.name, layer.num_experts, layer.row_bytes(size))
-               for layer in _offloaded(model, request)]  # fmt: skip
+    demands = _demands(model, request)
     if not demands:
         return Plan(model, request, plan_budget([], MoeOffloadConfig()), None)
     free = _usable(request) - _resident_bytes(model, request) - _kv_bytes(model, request)
-    options = _options(demands, free - gpu_reserve(request.gpu_bytes), request.layers)
+    free -= _predictor_bytes(model, request) + gpu_reserve(request.gpu_bytes)
+    options = _options(demands, free, request)
     return Plan(model, request, plan_budget(demands, options), options)
 
 
@@ -187,6 +205,18 @@ def _offloaded(model: Model, request: Request) -> tuple[MoeLayer, ...]:
     return tuple(layer for layer in model.layers if chosen is None or layer.number in chosen)
 
 
+def _demands(model: Model, request: Request) -> list[LayerDemand]:
+    size = element_size(request.dtype)
+    return [
+        LayerDemand(layer.name, layer.num_experts, layer.row_bytes(size))
+        for layer in _offloaded(model, request)
+    ]
+
+
+def _predictor_bytes(model: Model, request: Request) -> int:
+    return table_bytes(request.predictor, len(_offloaded(model, request)), model.num_experts)
+
+
 def _resident_bytes(model: Model, request: Request) -> int:
     size = element_size(request.dtype)
     offloaded = {layer.name for layer in _offloaded(model, request)}
@@ -207,11 +237,11 @@ def _usable(request: Request) -> int:
     return int(request.gpu_bytes * GPU_UTILISATION)
 
 
-def _options(
-    demands: Sequence[LayerDemand], free: int, layers: Sequence[int] | None
-) -> MoeOffloadConfig:
+def _options(demands: Sequence[LayerDemand], free: int, request: Request) -> MoeOffloadConfig:
     """The plugin's options that use this many bytes for slots and staging."""
-    chosen = {} if layers is None else {"layers": ranges(layers)}
+    chosen: dict[str, Any] = {"predictor": request.predictor}
+    if request.layers is not None:
+        chosen["layers"] = ranges(request.layers)
     streaming = plan_budget(demands, MoeOffloadConfig(cache_fraction=0))
     if free >= streaming.pool_bytes:
         return MoeOffloadConfig(cache_fraction=1, **chosen)

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_moe_offload.config import GIB
 from vllm_moe_offload.plan.changes import Change
 from vllm_moe_offload.plan.model import Model, element_size
 from vllm_moe_offload.plan.planner import (
@@ -20,6 +19,7 @@ from vllm_moe_offload.plan.planner import (
     serve_command,
     sweep_bytes,
 )
+from vllm_moe_offload.sizes import GIB, format_size
 
 
 def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
         "max_model_len": request.max_model_len,
         "concurrency": request.concurrency,
         "slots_per_layer": plan.slots_per_layer,
+        "automatic": _automatic(plan) if plan.offloaded else {},
         "fits": plan.fits,
         "gpu": _gpu_memory(plan),
         "host": _host_memory(plan),
@@ -54,10 +55,20 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
     }
 
 
+def _automatic(plan: Plan) -> dict[str, int]:
+    """What the plugin does without an option that names the size of the slots."""
+    return {
+        "slots_per_layer": max(plan.automatic.slots),
+        "slot_bytes": plan.automatic.slot_bytes,
+        "gpu_needed_bytes": plan.needed_with(plan.automatic),
+    }
+
+
 def _gpu_memory(plan: Plan) -> dict[str, int]:
     return {
         "resident_weights_bytes": plan.resident_bytes,
         "kv_cache_bytes": plan.kv_bytes,
+        "predictor_bytes": plan.predictor_bytes,
         "reserve_bytes": plan.reserve_bytes,
         "staging_bytes": plan.budget.staging_bytes,
         "slot_bytes": plan.budget.slot_bytes,
@@ -114,7 +125,7 @@ def _model_notes(model: Model) -> Iterator[str]:
         )
     if model.weights.unused_bytes:
         yield (
-            f"{_size(model.weights.unused_bytes)} belong to parts that vLLM does not load by "
+            f"{format_size(model.weights.unused_bytes)} belong to parts that vLLM does not load by "
             "itself, such as layers that draft tokens; no memory figure has them."
         )
     if len({layer.expert_bytes for layer in model.layers}) > 1:
@@ -129,6 +140,14 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
             f"The weights are quantised ({plan.model.quantization}) and stay as stored in pool "
             "and slots; vllm serve refuses the format if this version cannot offload it."
         )
+    automatic = _automatic(plan)
+    lacking = automatic["gpu_needed_bytes"] - plan.gpu_usable
+    yield (
+        f"With gpu_gb=auto, the default, {automatic['slots_per_layer']} of "
+        f"{plan.model.num_experts} experts a layer have a slot, "
+        f"{format_size(automatic['slot_bytes'])} in all, "
+        + (f"for which {format_size(lacking)} are lacking." if lacking > 0 else "which fits.")
+    )
     if plan.all_in_slots:
         yield (
             "All experts have a slot, so nothing crosses PCIe once they are in use: the plugin is "
@@ -161,15 +180,16 @@ def _title(plan: Plan) -> Text:
     lines = [f"{plan.request.model}: {model.architecture}"]
     if not model.layers:
         lines.append(
-            f"A dense model of {_size(weights.dense_bytes)}: it has no routed experts, so there is "
-            "nothing to offload"
+            f"A dense model of {format_size(weights.dense_bytes)}: it has no routed experts, so "
+            "there is nothing to offload"
         )
     else:
         lines += [
             f"{len(model.layers)} MoE layers of {model.num_experts} experts, {model.top_k} a token",
-            f"dense {_size(weights.dense_bytes)}, experts {_size(weights.expert_bytes)} "
-            f"({', '.join(weights.expert_dtypes)})",
-            f"one expert {_size(model.expert_bytes)}, as a row of the pool {_size(max(plan.rows))}",
+            f"dense {format_size(weights.dense_bytes)}, "
+            f"experts {format_size(weights.expert_bytes)} ({', '.join(weights.expert_dtypes)})",
+            f"one expert {format_size(model.expert_bytes)}, "
+            f"as a row of the pool {format_size(max(plan.rows))}",
         ]
     kv_bytes = model.kv_cache.bytes_per_token(element_size(plan.request.dtype))
     return Text("\n".join([*lines, f"KV cache {kv_bytes:,} bytes a token"]))
@@ -186,6 +206,8 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("GPU: reserve for activations and CUDA graphs", _gib(plan.reserve_bytes))
     if plan.offloaded:
         slots = f"{plan.slots_per_layer} of {plan.model.num_experts} experts a layer"
+        if plan.predictor_bytes:
+            table.add_row(f"GPU: tables of {request.predictor}", _gib(plan.predictor_bytes))
         table.add_row("GPU: staging", _gib(budget.staging_bytes))
         table.add_row(f"GPU: slots at start, {slots}", _gib(budget.slot_bytes))
     usable = f"of {_gib(plan.gpu_usable)} that vLLM uses of {_gib(request.gpu_bytes)}"
@@ -231,19 +253,12 @@ def _shortage(plan: Plan) -> str:
         (plan.gpu_needed - plan.gpu_usable, "of GPU memory"),
         (plan.host_needed - request.host_bytes, "of host memory"),
     ]
-    short = [f"{_size(count)} {kind}" for count, kind in missing if count > 0]
+    short = [f"{format_size(count)} {kind}" for count, kind in missing if count > 0]
     return f"Does not fit: it lacks {' and '.join(short)}."
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.2f} {name}"
-    return f"{num_bytes} bytes"
 
 
 def _rate(tokens_per_s: float) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_moe_offload.predictors.figures import CAPACITY
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-
-CAPACITY = 256
-"""Matrices kept by default; the paper finds that hundreds suffice."""
 
 
 class Collection:

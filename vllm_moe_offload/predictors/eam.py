@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.kernels.predict import EamTables
-from vllm_moe_offload.predictors.collection import CAPACITY, Collection
-from vllm_moe_offload.predictors.figures import WINDOW
+from vllm_moe_offload.predictors.collection import Collection
+from vllm_moe_offload.predictors.figures import CAPACITY, WINDOW
 from vllm_moe_offload.predictors.predictor import Arrays, checked
 
 ROWS = 32

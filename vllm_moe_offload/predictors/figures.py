@@ -21,6 +21,9 @@ LEAST_PRIOR = 1e-4
 REFRESH = 64
 """Steps after which counts reach the table that predictions are read from."""
 
+CAPACITY = 256
+"""Activation matrices kept by default; MoE-Infinity's authors find that hundreds suffice."""
+
 WINDOW = 64
 """Tokens after which a sequence's activation matrix is complete, so that long sequences do not
 blur."""

@@ -11,7 +11,8 @@ import numpy as np
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors import figures
-from vllm_moe_offload.predictors.collection import CAPACITY, Collection, SequenceCounts
+from vllm_moe_offload.predictors.collection import Collection, SequenceCounts
+from vllm_moe_offload.predictors.figures import CAPACITY
 from vllm_moe_offload.simulate.cache import Bools, Floats
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
 from vllm_moe_offload.trace import Trace

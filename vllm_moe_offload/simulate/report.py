@@ -17,7 +17,8 @@ from vllm_moe_offload.simulate.predictors import (
     make_predictor,
 )
 from vllm_moe_offload.simulate.replay import Replay, replay, slots_of
-from vllm_moe_offload.simulate.sizes import MIB, expert_bytes
+from vllm_moe_offload.simulate.sizes import expert_bytes
+from vllm_moe_offload.sizes import MIB
 from vllm_moe_offload.trace import Trace
 
 BASELINE, BOUND = "lru", "belady"

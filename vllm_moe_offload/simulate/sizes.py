@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-MIB = 1 << 20
+from vllm_moe_offload.sizes import MIB
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class Change:
     hit_ratio: float | None
     hit_ratio_by_layer: dict[str, float | None]
     bytes_per_s_by_cause: dict[str, float]
+    transfer_share: float
+    """Share of the time that the links were busy, added up over all workers."""
     generated_per_s: float
     prompt_per_s: float
 
@@ -45,6 +47,9 @@ class Change:
                 cause: (count - before.bytes_by_cause.get(cause, 0)) / counted if counted else 0.0
                 for cause, count in after.bytes_by_cause.items()
             },
+            transfer_share=(
+                (after.transfer_seconds - before.transfer_seconds) / counted if counted else 0.0
+            ),
             generated_per_s=(after.generated_tokens - before.generated_tokens) / seconds,
             prompt_per_s=(after.prompt_tokens - before.prompt_tokens) / seconds,
         )

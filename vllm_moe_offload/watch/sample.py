@@ -40,6 +40,12 @@ class Sample:
     counted_at: float
     layers: Mapping[str, LayerSample]
     bytes_by_cause: Mapping[str, float]
+    transfer_seconds: float
+    """What the links of all workers needed for what was moved."""
+    prefetched: float
+    prefetch_hits: float
+    predicted_hits: float
+    foreseeable: float
     slot_bytes: float
     workers: int
     link_bytes_per_s: float | None
@@ -101,6 +107,11 @@ class Sample:
                 for layer in sorted(names, key=_order)
             },
             bytes_by_cause={c.removeprefix("cause "): own("bytes_total", c) for c in causes},
+            transfer_seconds=own("transfer_seconds_total"),
+            prefetched=own("prefetched_total"),
+            prefetch_hits=own("prefetch_hits_total"),
+            predicted_hits=own("predicted_hits_total"),
+            foreseeable=own("foreseeable_total"),
             slot_bytes=own("slot_bytes"),
             workers=len(workers),
             link_bytes_per_s=own("pcie_bytes_per_second") if links == len(workers) else None,

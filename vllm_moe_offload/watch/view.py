@@ -5,6 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vllm_moe_offload.sizes import format_rate, format_size
 from vllm_moe_offload.watch.change import Change, hit_ratio
 from vllm_moe_offload.watch.sample import LayerSample, Sample
 
@@ -46,9 +47,13 @@ def _figures(sample: Sample, change: Change | None) -> Table:
     since_start = f"{_percent(hit_ratio(layers))} since the start"
     table.add_row("hit ratio", f"{_percent(change.hit_ratio if change else None)}, {since_start}")
     table.add_row("moved", _moved(sample, change))
+    share = change.transfer_share / sample.workers if change else None
+    table.add_row("transfers", f"{_percent(share)} of the time")
+    if sample.foreseeable:
+        table.add_row("foreseen", _foreseen(sample))
     resident, slots = (sum(getattr(x, field) for x in layers) for field in ("resident", "slots"))
-    share = f"{resident:.0f} of {slots:.0f} in use, {_bytes(sample.slot_bytes)}"
-    table.add_row("slots", share)
+    in_use = f"{resident:.0f} of {slots:.0f} in use, {format_size(int(sample.slot_bytes))}"
+    table.add_row("slots", in_use)
     return table
 
 
@@ -61,14 +66,22 @@ def _tokens(sample: Sample, change: Change | None) -> str:
 
 def _moved(sample: Sample, change: Change | None) -> str:
     link = sample.link_bytes_per_s
-    bound = "PCIe bound not known" if link is None else f"PCIe bound {_bytes(link)}/s"
+    bound = "PCIe bound not known" if link is None else f"PCIe bound {format_rate(link)}"
     if change is None:
         return f"-, {bound}"
     causes = ", ".join(
-        f"{cause} {_bytes(rate)}/s" for cause, rate in change.bytes_per_s_by_cause.items()
+        f"{cause} {format_rate(moved)}" for cause, moved in change.bytes_per_s_by_cause.items()
     )
     share = "" if link is None else f"{change.bytes_per_s / link:.0%} of the "
-    return f"{_bytes(change.bytes_per_s)}/s ({causes}), {share}{bound}"
+    return f"{format_rate(change.bytes_per_s)} ({causes}), {share}{bound}"
+
+
+def _foreseen(sample: Sample) -> str:
+    coverage = f"{_percent(sample.predicted_hits / sample.foreseeable)} of active experts"
+    if not sample.prefetched:
+        return f"{coverage}, none moved ahead"
+    precision = _percent(sample.prefetch_hits / sample.prefetched)
+    return f"{coverage}, {precision} of those moved ahead were read"
 
 
 def _layers(sample: Sample, change: Change | None) -> Columns:
@@ -94,10 +107,3 @@ def _cell(name: str, recent: float | None, counts: LayerSample) -> Text:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-def _bytes(count: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} B"
