@@ -34,27 +34,36 @@ IN_TURN = Beside()
 
 
 class _OnStream(Beside):
-    """The same order between a stream for copies and the current one."""
+    """The same order between a stream for copies and the current one.
+
+    A capture may wait for nothing that began before it. So what has been waited for is never waited
+    for again: the steps that warm up a graph leave nothing open that its capture would join.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # Copies want few multiprocessors, but those before all that computes.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._is_open = False
+        self._last: torch.cuda.Event | None = None  # Names all copies, if not none.
 
     def fork(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._is_open = True
+        self._is_open, self._last = True, None
 
     def copies(self) -> AbstractContextManager[object]:
+        self._last = None
         return torch.cuda.stream(self._stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        return self._stream.record_event()
+        self._last = self._stream.record_event()
+        return self._last
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
         assert mark is not None, "marks and waits belong to the same order"
         torch.cuda.current_stream(self._device).wait_event(mark)
+        if mark is self._last:
+            self._is_open = False
 
     def join(self) -> None:
         if self._is_open:
