@@ -19,6 +19,18 @@ from vllm_moe_offload.kernels._dispatch_triton import (
 
 
 @triton.jit
+def leave_out_padding(ids, num_ids, is_padding, active, CHOICES: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the ids that count, -1 in rows of padding; every thread may read them afterwards."""
+    for first in range(0, num_ids, CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        inside = pair < num_ids
+        expert = tl.load(ids + pair, mask=inside, other=-1)
+        is_out = tl.load(is_padding + pair // CHOICES, mask=inside, other=1).to(tl.int1)
+        tl.store(active + pair, tl.where(is_out, -1, expert), mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
 def oldest_first(
     free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2: tl.constexpr, S2: tl.constexpr
 ):
@@ -87,16 +99,19 @@ def resolve_kernel(
     load_expert, load_slot, num_loads_ptr, stream_expert, num_streams_ptr, counters,
     rank, rank_stride, rank_row, use,
     sorted_pair, expert_of_block, num_blocks,
-    chosen, log, num_logged, arrival,
+    chosen, log, num_logged, arrival, is_padding, active,
     E: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, EVICT: tl.constexpr,
     COUNT_CHUNK: tl.constexpr, RANK_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """See ``resolve``.
 
-    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair``, ``log`` and
-    ``arrival`` where that part is not wanted.
+    ``rank``, its stride and row, and ``use`` are None where LRU rules, ``sorted_pair``, ``log``,
+    ``arrival`` and ``is_padding`` where that part is not wanted.
     """
+    if is_padding is not None:
+        leave_out_padding(ids, num_ids, is_padding, active, CHOICES, COUNT_CHUNK)
+        ids = active
     expert, slot = tl.arange(0, E2), tl.arange(0, S2)
     slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
     expert_S = tl.load(expert_of_S + slot, mask=slot < S, other=-1)

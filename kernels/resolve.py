@@ -176,6 +176,24 @@ class IdLog:
         return min(self.chosen_TK.numel(), self.log_TK.numel())
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Rows of a step that are padding, and the routed ids without theirs.
+
+    ``is_padding_T`` (bool) says which rows choose nothing, whatever their ids are. ``active_TK``
+    is overwritten with the ids that count, of the ids' type: -1 in rows of padding.
+    """
+
+    is_padding_T: Tensor
+    active_TK: Tensor
+
+
+def leave_out_padding_torch(ids_TK: Tensor, padding: Padding) -> Tensor:
+    """Write the ids that count, and return them."""
+    masked_TK = ids_TK.masked_fill(padding.is_padding_T.unsqueeze(1), NOWHERE)
+    return padding.active_TK.copy_(masked_TK)
+
+
 def log_torch(log: IdLog) -> None:
     """Leave the ids in the first rows of the log."""
     kept = log.log_TK.view(-1)[: log.num_pairs]
@@ -191,6 +209,7 @@ def resolve_torch(
     dispatch: Dispatch | None = None,
     log: IdLog | None = None,
     slot_of_AE: Tensor | None = None,
+    padding: Padding | None = None,
 ) -> None:
     """Find the active experts' slots, give the missing ones new slots, list what to move.
 
@@ -211,7 +230,10 @@ def resolve_torch(
         log: if given, the router's ids are also kept there.
         slot_of_AE: if given, int32 [1 + parts, E]: row 0 is overwritten with the slots of the hits,
             row p with those of part p - 1 of the loads, see ``gather``; -1 for all others.
+        padding: if given, its rows are inactive too, and the ids that count are written there.
     """
+    if padding is not None:
+        ids_TK = leave_out_padding_torch(ids_TK, padding)
     ids = ids_TK.reshape(-1)
     active_E = torch.zeros_like(tables.slot_of_E, dtype=torch.bool)
     active_E[ids[ids >= 0].long()] = True
@@ -291,6 +313,7 @@ def resolve(
     dispatch: Dispatch | None = None,
     log: IdLog | None = None,
     slot_of_AE: Tensor | None = None,
+    padding: Padding | None = None,
 ) -> None:
     """Do what ``resolve_torch`` does, in one launch of one program that the host never waits for.
 
@@ -314,15 +337,17 @@ def resolve(
         fused and fused.sorted_pair, fused and fused.expert_of_block, fused and fused.num_blocks,
         log and log.chosen_TK.reshape(-1), log and log.log_TK, log.num_pairs if log else 0,
         slot_of_AE,
+        padding and padding.is_padding_T, padding and padding.active_TK.view(-1),
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),
         S2=max(16, triton.next_power_of_2(num_slots)), EVICT=evict,
         COUNT_CHUNK=count_chunk, RANK_CHUNK=rank_chunk,
         BLOCK_M=fused.block_m if fused else 1,
         PARTS=0 if slot_of_AE is None else slot_of_AE.shape[0] - 1,
+        CHOICES=ids_TK.shape[1],
         num_warps=_num_warps(num_pairs, num_experts, num_slots),
     )  # fmt: skip
     if dispatch is not None and fused is None:
-        sort_pairs(ids_TK, dispatch)
+        sort_pairs(ids_TK if padding is None else padding.active_TK, dispatch)
 
 
 def _num_warps(num_pairs: int, num_experts: int, num_slots: int) -> int:

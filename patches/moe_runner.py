@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_moe_offload.patches.padding import leave_out
+from vllm_moe_offload.patches.padding import leaves_out, padding_of
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -29,7 +29,8 @@ def _select_forward(original: Callable[..., Any], self: Any) -> Any:
 
     if offload_layer.building_engine() is None:
         return original(self)
-    if offload_layer.is_offloaded(self.routed_experts.quant_method):
-        leave_out(self.router)
+    method = self.routed_experts.quant_method
+    if offload_layer.is_offloaded(method) and not leaves_out(self.router):
+        method.offload_padding = padding_of
     operators = torch.ops.vllm
     return operators.moe_forward if self._shared_experts is None else operators.moe_forward_shared

@@ -25,6 +25,7 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
+from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
@@ -219,6 +220,7 @@ class OffloadEngine:
         weight_TK: Tensor,
         ids_TK: Tensor,
         chosen_TK: Tensor | None = None,
+        is_padding_T: Tensor | None = None,
     ) -> Tensor:
         """Compute the routed experts of a layer.
 
@@ -231,6 +233,7 @@ class OffloadEngine:
             weight_TK: router weights.
             ids_TK: routed local expert ids; negative ones are inactive.
             chosen_TK: the router's ids where the local ones differ.
+            is_padding_T: rows that choose nothing, whatever their ids are.
 
         Returns:
             [T, H] of the type of ``x_TH``.
@@ -241,13 +244,15 @@ class OffloadEngine:
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
             if part.is_sweep(ids_TK.numel()):
                 part.keep(ids_TK if chosen_TK is None else chosen_TK)
+                if is_padding_T is not None:
+                    ids_TK = ids_TK.masked_fill(is_padding_T.unsqueeze(1), NOWHERE)
                 return self._sweep.run(layer, x_TH, weight_TK, ids_TK)
             self._sweep.settle()
         if prefetch is None or part.is_sweep(ids_TK.numel()):
-            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK)
+            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK, is_padding_T=is_padding_T)
         else:
             ahead = partial(prefetch.look_ahead, layer)
-            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK, ahead)
+            y_TH = run_step(part, x_TH, weight_TK, ids_TK, chosen_TK, ahead, is_padding_T)
             prefetch.layer_ended()
         # A sweep reads nearly everything and evicts nobody: there is nothing to learn.
         ends_step = part is self._layers[-1] and not part.is_sweep(ids_TK.numel())

@@ -106,6 +106,8 @@ class OffloadMixin(FusedMoEMethodBase):
     offload_prefix: str
     offload_layer: int
     offload_tiles: Callable[[int], TileConfig] | None
+    offload_padding: Callable[[int], torch.Tensor | None] | None = None
+    """Tells which of so many rows are padding, where the router does not leave them out itself."""
 
     requires_device_loading = False
     """The weights are never moved to the device as a whole, not even for conversion."""
@@ -205,7 +207,10 @@ class OffloadMixin(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Run the routed experts. Shared experts are the runner's business."""
         ids_TK = _local_ids(topk_ids, layer.expert_map)
-        return self.offload_engine.run(self.offload_layer, x, topk_weights, ids_TK, topk_ids)
+        is_padding_T = self.offload_padding(len(topk_ids)) if self.offload_padding else None
+        return self.offload_engine.run(
+            self.offload_layer, x, topk_weights, ids_TK, topk_ids, is_padding_T
+        )
 
 
 class QuantisedOffloadMixin(OffloadMixin):

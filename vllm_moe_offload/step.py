@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_moe_offload.beside import IN_TURN, Beside
+from vllm_moe_offload.kernels.resolve import Padding
 from vllm_moe_offload.offloaded_layer import Block, OffloadedLayer
 from vllm_moe_offload.products import Products
 
@@ -26,8 +27,8 @@ MAX_PARTS = 2
 """Parts in which a step's loads come."""
 
 FEW_PAIRS = 16
-"""Up to so many routed pairs the loads are few, and come in one part: another one's launches would
-cost more than is saved."""
+"""Up to so many routed pairs the loads come first: what hits take to compute is little, and the
+launches of further parts would cost a step that misses nothing more than they save another."""
 
 Mark = torch.cuda.Event | None
 
@@ -39,6 +40,7 @@ def run_step(
     ids_TK: Tensor,
     chosen_TK: Tensor | None = None,
     ahead: Callable[[Tensor, Tensor], None] | None = None,
+    is_padding_T: Tensor | None = None,
 ) -> Tensor:
     """Compute the routed experts of a layer.
 
@@ -50,16 +52,21 @@ def run_step(
         chosen_TK: the router's ids where the local ones differ.
         ahead: called with the input and the ids when what is missing has been queued: the copies
             that it queues come after demand.
+        is_padding_T: rows that choose nothing, whatever their ids are.
 
     Returns:
         [T, H] of the type of ``x_TH``.
     """
+    routed_TK, padding = ids_TK, None
+    if is_padding_T is not None:
+        padding = Padding(is_padding_T, torch.empty_like(ids_TK))
+        ids_TK = padding.active_TK
     products = Products(layer, x_TH, weight_TK, ids_TK)
     evict, parts = not layer.is_sweep(ids_TK.numel()), num_parts(layer, ids_TK.numel())
     layer.operations.resolve(
-        ids_TK, layer.residency.tables, layer.residency.work, evict=evict,
-        dispatch=products.lists, log=layer.log(ids_TK if chosen_TK is None else chosen_TK),
-        slot_of_AE=layer.slot_of_AE[: 1 + parts] if parts else None,
+        routed_TK, layer.residency.tables, layer.residency.work, evict=evict,
+        dispatch=products.lists, log=layer.log(routed_TK if chosen_TK is None else chosen_TK),
+        slot_of_AE=layer.slot_of_AE[: 1 + parts] if parts else None, padding=padding,
     )  # fmt: skip
     waves = wave_starts(layer, ids_TK.numel(), evict=evict)
     beside = layer.beside if parts or len(waves) > 1 else IN_TURN
@@ -86,7 +93,7 @@ def num_parts(layer: OffloadedLayer, num_pairs: int) -> int:
     """In how many parts a step's loads come while others compute; 0 where they come first."""
     if not 0 < layer.residency.num_slots < layer.spec.num_experts:
         return 0  # After the first steps nothing is missing, or nothing has a slot.
-    return MAX_PARTS if num_pairs > FEW_PAIRS else 1
+    return MAX_PARTS if num_pairs > FEW_PAIRS else 0
 
 
 def wave_starts(layer: OffloadedLayer, num_pairs: int, *, evict: bool) -> range:

@@ -21,6 +21,7 @@ from vllm_moe_offload.kernels.resolve import (
     NOWHERE,
     EvictionOrder,
     IdLog,
+    Padding,
     ResidencyTables,
     WorkList,
     resolve,
@@ -296,6 +297,32 @@ def test_resolve_logs_ids_in_chunks(device):
         resolve(ids_TK, tables, work, evict=True, log=IdLog(ids_TK, log_TK))
     assert torch.equal(log_TK[:90], ids_TK.short())
     assert bool((log_TK[90:] == POISON).all())
+
+
+@pytest.mark.parametrize("chunk", [128, 2048])
+@given(case=cases(max_tokens=60), share=st.sampled_from((0.0, 0.4, 1.0)))
+def test_resolve_leaves_out_padding(case, share, chunk, device):
+    torch.manual_seed(case.seed)
+    tables, work = random_tables(case, device), poisoned_work(case.num_experts, device)
+    expected_tables, expected_work = deepcopy(tables), deepcopy(work)
+    plain_tables, plain_work = deepcopy(tables), deepcopy(work)
+    ids_TK = routed(case, device)
+    is_padding_T = (torch.rand(case.shape[0]) < share).to(device)
+    lists, expected_lists = (
+        Dispatch.empty(ids_TK.numel(), case.num_experts, 16, device) for _ in range(2)
+    )
+    padding, expected = (Padding(is_padding_T, torch.full_like(ids_TK, POISON)) for _ in range(2))
+    with mock.patch.object(module, "COUNT_CHUNK", chunk):
+        resolve(ids_TK, tables, work, evict=case.evict, dispatch=lists, padding=padding)
+    resolve_torch(ids_TK, expected_tables, expected_work, evict=case.evict,
+                  dispatch=expected_lists, padding=expected)  # fmt: skip
+    assert_same(tables, work, expected_tables, expected_work)
+    assert_same_dispatch(lists, expected_lists)
+    # As if the rows had chosen nothing.
+    left_TK = ids_TK.masked_fill(is_padding_T.unsqueeze(1), NOWHERE)
+    assert torch.equal(padding.active_TK, left_TK)
+    resolve(left_TK, plain_tables, plain_work, evict=case.evict)
+    assert_same(tables, work, plain_tables, plain_work)
 
 
 @given(

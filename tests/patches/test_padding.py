@@ -1,4 +1,4 @@
-"""Routers of vLLM under padding: which leave it out by themselves, and that all others do now."""
+"""Routers of vLLM under padding: which leave it out by themselves; the mask for all others."""
 
 from types import SimpleNamespace
 
@@ -26,54 +26,35 @@ class Router(BaseRouter):
         return router_logits.topk(self.top_k)
 
 
-def select(router, mask_T):
-    generator = torch.Generator().manual_seed(0)
-    logits_TE = torch.randn(TOKENS, EXPERTS, generator=generator)
-    context = ForwardContext(
-        no_compile_layers={}, attn_metadata={}, slot_mapping={}, is_padding=mask_T
+def running(mask_T):
+    return override_forward_context(
+        ForwardContext(no_compile_layers={}, attn_metadata={}, slot_mapping={}, is_padding=mask_T)
     )
-    with override_forward_context(context):
-        return router.select_experts(torch.zeros(TOKENS, 4), logits_TE)
 
 
 def padded(real: int = REAL, rows: int = TOKENS):
     return torch.arange(rows) >= real
 
 
-def test_rows_of_padding_choose_nothing():
-    router, plain = (Router(TOP_K, EXPERTS) for _ in range(2))
-    padding.leave_out(router)
-    padding.leave_out(router)
-    weight_TK, ids_TK = select(plain, None)
-    found_weight_TK, found_TK = select(router, padded())
-    assert torch.equal(found_TK[:REAL], ids_TK[:REAL])
-    assert (found_TK[REAL:] == -1).all()
-    assert found_TK.dtype == ids_TK.dtype
-    assert torch.equal(found_weight_TK, weight_TK)
-    assert torch.equal(select(plain, padded())[1], ids_TK)
-
-
-def test_the_mask_is_read_when_it_is_used():
+def test_the_mask_is_the_runner_s_own():
     """A CUDA graph reads the same memory in every replay."""
-    router, mask_T = Router(TOP_K, EXPERTS), padded(0)
-    padding.leave_out(router)
-    assert (select(router, mask_T)[1] == -1).all()
-    mask_T[:1] = False
-    assert (select(router, mask_T)[1] >= 0).all(1).tolist() == [True] + [False] * (TOKENS - 1)
+    mask_T = padded()
+    with running(mask_T):
+        assert padding.padding_of(TOKENS) is mask_T
 
 
 @pytest.mark.parametrize("mask_T", [None, padded(rows=TOKENS + 2), padded(rows=2)])
 def test_without_a_mask_of_these_rows(mask_T):
-    router = Router(TOP_K, EXPERTS)
-    padding.leave_out(router)
-    assert (select(router, mask_T)[1] >= 0).all()
+    with running(mask_T):
+        assert padding.padding_of(TOKENS) is None
 
 
 def test_outside_of_a_step():
-    router = Router(TOP_K, EXPERTS)
-    padding.leave_out(router)
-    _, ids_TK = router.select_experts(torch.zeros(TOKENS, 4), torch.randn(TOKENS, EXPERTS))
-    assert (ids_TK >= 0).all()
+    assert padding.padding_of(TOKENS) is None
+
+
+def test_other_routers_do_not_leave_it_out():
+    assert not padding.leaves_out(Router(TOP_K, EXPERTS))
 
 
 def with_bias(**kwargs):
@@ -92,36 +73,37 @@ def test_routers_whose_kernels_leave_it_out_are_left_alone(monkeypatch, make, sk
         "vllm._custom_ops.topk_softmax", lambda *_, is_padding: given.append(is_padding)
     )
     router = make(top_k=TOP_K, global_num_experts=EXPERTS)
-    padding.leave_out(router)
-    assert ("_select_experts" in vars(router)) is not skips
-    select(router, padded())
+    assert padding.leaves_out(router) is skips
+    with running(padded()):
+        router.select_experts(torch.zeros(TOKENS, 4), torch.randn(TOKENS, EXPERTS))
     (mask_T,) = given
     assert torch.equal(mask_T, padded()) if skips else mask_T is None
 
 
-def test_only_offloaded_layers(monkeypatch):
-    done = []
-    monkeypatch.setattr(moe_runner, "leave_out", done.append)
-    monkeypatch.setattr(offload_layer, "is_offloaded", lambda method: method == "offloaded")
+@pytest.mark.parametrize("leaves_out", [True, False])
+def test_only_offloaded_layers_behind_routers_that_keep_it(monkeypatch, leaves_out):
+    monkeypatch.setattr(moe_runner, "leaves_out", lambda router: leaves_out)
+    monkeypatch.setattr(offload_layer, "is_offloaded", lambda method: method.name == "offloaded")
 
     class MoERunner:
         _shared_experts = None
 
-        def __init__(self, method):
-            self.router = f"router of {method}"
-            self.routed_experts = SimpleNamespace(quant_method=method)
+        def __init__(self, name):
+            self.router = None
+            self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace(name=name))
             self._select_forward()
 
         def _select_forward(self):
             return None
 
+    def masks(name):
+        return hasattr(MoERunner(name).routed_experts.quant_method, "offload_padding")
+
     moe_runner.apply(SimpleNamespace(MoERunner=MoERunner))
-    MoERunner("offloaded")
-    assert done == []
+    assert not masks("offloaded")
     with building(SimpleNamespace()):
-        MoERunner("stock")
-        MoERunner("offloaded")
-    assert done == ["router of offloaded"]
+        assert not masks("stock")
+        assert masks("offloaded") is not leaves_out
 
 
 def test_the_first_runner_fills_the_mask():

@@ -20,6 +20,7 @@ from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
+from vllm_moe_offload.step import FEW_PAIRS
 
 L, E, K, H = 4, 16, 2, 16
 ROW = ExpertLayout.pack(
@@ -143,7 +144,7 @@ def test_graphs_of_layers_and_of_steps_follow_each_other(
                 run_layer(engine, layer, tokens)
         if engine._prefetch is not None:
             monkeypatch.setattr(engine._prefetch, "_spans_layers", lambda: True)
-    if 0 < slots < 1:
+    if 0 < slots < 1 and (predictor != "none" or tokens * K > FEW_PAIRS):
         assert streams.side.work > 0
 
 

@@ -3,7 +3,7 @@
 Legend: T tokens, K choices a token, E experts, H hidden size, I intermediate size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -274,6 +274,22 @@ def test_inactive_ids_cost_nothing(share):
     assert (stats.active, stats.misses, stats.bytes_moved, stats.resident) == (0, 0, 0, 0)
     assert bool((engine.arena.buffer == POISON).all())
     assert all(bool((block == POISON).all()) for block in engine.staging.blocks)
+
+
+@pytest.mark.parametrize("tokens", [5, 90], ids=["step", "sweep"])
+def test_rows_of_padding_are_as_if_they_had_chosen_nothing(tokens):
+    layer = example_layer()
+    padded, plain = (make_engine([layer], cache_fraction=0.5) for _ in range(2))
+    is_padding_T = torch.arange(tokens) >= 2
+    ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 8
+    left_TK = ids_TK.masked_fill(is_padding_T[:, None], -1)
+    x_TH, weight_TK = inputs(layer, ids_TK)
+    y_TH = padded.run(0, x_TH, weight_TK, ids_TK, is_padding_T=is_padding_T)
+    assert same_bits(y_TH, plain.run(0, x_TH, weight_TK, left_TK))
+    # What a row takes is measured.
+    counted, expected = (replace(e.stats(), transfer_seconds=0) for e in (padded, plain))
+    assert counted == expected
+    assert counted.active == 4
 
 
 @pytest.mark.parametrize("share", [0, 0.25, 1])

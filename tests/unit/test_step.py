@@ -121,7 +121,7 @@ def test_late_copies_give_the_same_bits(slots, staging_rows, seed, tokens):
         counted, expected = (replace(e.stats(), transfer_seconds=0) for e in (beside, in_turn))
         assert counted == expected
         beside.check_integrity()
-        if 0 < slots < E:
+        if 0 < slots < E and any(3 * count > FEW_PAIRS for count in tokens):
             assert late.made > 0
 
 
@@ -148,7 +148,7 @@ def test_what_is_at_hand_is_computed_before_anything_has_come(monkeypatch):
 @pytest.mark.parametrize(
     ("slots", "pairs", "parts"),
     [
-        (6, FEW_PAIRS, 1),
+        (6, FEW_PAIRS, 0),
         (6, FEW_PAIRS + 1, MAX_PARTS),
         (E, 99, 0),
         (0, 99, 0),
