@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ PROMPT_TOKENS = 4
 
 TOP_KERNELS = 40
 """Lines of a profile."""
+
+MAX_REPEATS, REPEAT_SECONDS = 6, 1.5
+"""How often, and for how long, a case is measured again."""
 
 SETTLE_STEPS = 30
 """Decode steps after which the residents are the experts that routing was confined to."""
@@ -231,18 +235,26 @@ def time_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
                 server.decode(max(_batches(job)), SETTLE_STEPS)
         options = {name: plan[name] for name in ("warm_up",) if name in plan}
         if plan["case"] == "decode":
-            rows = [
-                server.decode(plan["batch"], plan["steps"], **options)
-                for _ in range(plan.get("repeats", 1))
-            ]
-            # What the host does besides only ever adds to a step; that holds for all servers.
-            row = min(rows, key=lambda row: row["seconds"])
-            row["repeats_seconds"] = [each["seconds"] for each in rows]
+            row = quickest(lambda p=plan, o=options: server.decode(p["batch"], p["steps"], **o))
         else:
             row = server.prefill(plan["tokens"], plan["repeats"], **options)
         talk.note({**row, "confined": confined} if confined else row)
     if job["server"] == "plugin" and job["share"] <= 0.25:  # it reads back all slots
         server.offload_engine().check_integrity()
+
+
+def quickest(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measure again while that is cheap, and take the least.
+
+    What the host does besides lengthens steps of a few milliseconds by a half; it only ever adds,
+    and that holds for all servers. Long steps do not notice it.
+    """
+    start = time.perf_counter()
+    rows = [measure()]
+    while len(rows) < MAX_REPEATS and time.perf_counter() - start < REPEAT_SECONDS:
+        rows.append(measure())
+    row = min(rows, key=lambda row: row["seconds"])
+    return {**row, "repeats_seconds": [each["seconds"] for each in rows]}
 
 
 def _batches(job: dict[str, Any]) -> list[int]:
