@@ -12,6 +12,8 @@ from vllm_moe_offload.errors import OffloadError
 REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
+    "kv_floor": "Give a share of the KV cache from 0 to 1",
+    "kv_policy": "Give auto or fixed",
     "staging_mb": "Give a positive number of MiB, or auto",
     "policy": "Give adaptive or lru",
     "prefetch_mb": "Give a number of MiB, 0 to only count",
@@ -23,8 +25,8 @@ REMEDIES = {
     "allow_dense": "Give true or false",
 }
 NUMERIC = [
-    "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", "trace_file_mb",
-    "trace_interval_s",
+    "gpu_gb", "cache_fraction", "kv_floor", "staging_mb", "prefetch_mb", "stats_interval_s",
+    "trace_file_mb", "trace_interval_s",
 ]  # fmt: skip
 NO_NUMBERS = [
     math.nan, math.inf, -math.inf, "nan", "inf", "eight", "", "8 GiB", "1,5", [], [8], {}, True,
@@ -66,6 +68,10 @@ def test_bad_size(name, value):
         ("stats_interval_s", 1e12),
         ("cache_fraction", 1.001),
         ("cache_fraction", "auto"),
+        ("kv_floor", 1.001),
+        ("kv_floor", "auto"),
+        ("kv_policy", "dynamic"),
+        ("kv_policy", None),
         ("stats_interval_s", "auto"),
         ("trace_file_mb", 0),
         ("trace_file_mb", "auto"),
