@@ -22,8 +22,8 @@ import torch
 
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
-from vllm_moe_offload.lending.boundary import Boundary, floor_blocks
 from vllm_moe_offload.lending.borrower import Borrower
+from vllm_moe_offload.lending.boundary import Boundary, floor_blocks
 from vllm_moe_offload.lending.orders import Order, Report
 from vllm_moe_offload.patches.scheduler import ORDER, REPORT
 from vllm_moe_offload.patches.wrapping import PatchError
@@ -185,7 +185,7 @@ def _buffer(runner: Any, kv_cache_config: Any) -> torch.Tensor:
     # A tensor that was made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
         buffer = torch.empty(0, dtype=torch.uint8, device=cache.device)
-        buffer.set_(cache.untyped_storage())  # type: ignore[call-overload]
+        buffer.set_(cache.untyped_storage())
     return buffer[: kv_cache_config.kv_cache_tensors[0].size]
 
 

@@ -4,8 +4,9 @@ Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker, whose KV cache one of
-    them may share (``borrowing``); reloading and level 2 sleep raise; statistics, recording and what eviction learns start after warm-up and go on
-    beside the steps, of which they are only told.
+    them may share (``borrowing``); reloading and level 2 sleep raise; statistics, recording and
+    what eviction learns start after warm-up and go on beside the steps, of which they are only
+    told.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -22,9 +23,9 @@ from vllm.logger import init_logger
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.lending.orders import Order, Report
 from vllm_moe_offload.metrics.page import Worker, page_path
 from vllm_moe_offload.metrics.reporter import Reporter, labelled
-from vllm_moe_offload.lending.orders import Order, Report
 from vllm_moe_offload.patches.borrowing import Borrowing, Share, share_of
 from vllm_moe_offload.patches.lookahead import Lookahead
 from vllm_moe_offload.patches.recording import Recording

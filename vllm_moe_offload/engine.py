@@ -1,8 +1,8 @@
 """The offload engine of one loaded model: owns pool, slots, staging and residency; runs layers.
 
 Knows nothing of vLLM. Life of an engine: ``add_layer`` for every MoE layer while the model is
-built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``. An engine whose
-slots are borrowed from the KV cache has none until ``borrow``, and everything streams.
+built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``. An engine
+whose slots are borrowed from the KV cache has none until ``borrow``, and everything streams.
 
 Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
 """
@@ -153,7 +153,8 @@ class OffloadEngine:
         Returns:
             What opens and closes them.
         """
-        assert self.borrows and self._layers, "the engine was planned with slots of its own"
+        assert self.borrows, "the engine was planned with slots of its own"
+        assert self._layers, "slots are borrowed when the weights are there"
         self._slot_rows = [borrowed_rows(buffer, boundary, n) for n in range(len(self.specs))]
         self._make_ready(least_open=boundary.min_increments)
         self._traffic = Traffic(self._layers, self.device)
@@ -461,9 +462,7 @@ class OffloadEngine:
             slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
-            residency=Residency(
-                experts, slots.shape[0], self.device, order, least_open=least_open
-            ),
+            residency=Residency(experts, slots.shape[0], self.device, order, least_open=least_open),
             row_of_E=torch.empty(experts, dtype=torch.int32, device=self.device),
             slot_of_AE=torch.empty(1 + MAX_PARTS, experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import torch
-
 from vllm_moe_offload.lending.borrower import Borrower
 from vllm_moe_offload.lending.controller import FixedPolicy, Standing
+from vllm_moe_offload.lending.orders import Order
 from vllm_moe_offload.lending.rows import borrowed_rows
 
 POISON = 0xFF
@@ -59,7 +58,8 @@ def poisoned_moves() -> Iterator[Watch]:
         if self.increments > before:
             opened = boundary.slots(before, self.increments)
             for layer in range(len(boundary.row_bytes)):
-                borrowed_rows(self._bytes, boundary, layer)[opened].fill_(POISON)
+                rows_SB = borrowed_rows(self._bytes, boundary, layer)
+                rows_SB[opened.start : opened.stop].fill_(POISON)
         back = boundary.blocks(min(before, self.increments), before)
         assert not self._bytes[back.start * size : back.stop * size].any(), "not zeroed"
 
@@ -100,14 +100,26 @@ def check(llm: Any) -> None:
         assert all(id_ < first for id_ in used), "a request holds a block that is lent"
 
 
+def order_after(follower: Any) -> Any:
+    """Makes orders that a worker accepts, as if the scheduler had given them."""
+    return lambda increments: Order(follower.number + 1, increments)
+
+
+def adopt(book: Any, follower: Any) -> None:
+    """Let the scheduler's side go on from orders that it has not given."""
+    book.confirmed = follower.report()
+    book._last = Order(follower.number, follower.increments)
+    book._unconfirmed.clear()
+
+
 Answer = tuple[list[int], list[float]]
 """Token ids and their log-probabilities."""
 
 
 def serve(
-    llm: Any, prompts: Sequence[list[int]], max_tokens: int, *, checked: bool, start: int = 0
+    llm: Any, prompts: Sequence[list[int]], max_tokens: int, *, check_every: int = 0, start: int = 0
 ) -> list[Answer]:
-    """Answer prompts that arrive a few steps apart; ``checked`` looks at everything every step."""
+    """Answer prompts that arrive a few steps apart, and look at everything every so many steps."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=1)
@@ -121,16 +133,14 @@ def serve(
             if output.finished:
                 answers[int(output.request_id) - start] = output.outputs[0]
         steps += 1
-        if checked:
+        if check_every and steps % check_every == 0:
             check(llm)
-    torch.accelerator.synchronize() if torch.cuda.is_available() else None
-    return [
-        (
-            list(answer.token_ids),
-            [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs)],
-        )
-        for _, answer in sorted(answers.items())
-    ]
+    return [_answer(answer) for _, answer in sorted(answers.items())]
+
+
+def _answer(output: Any) -> Answer:
+    steps = zip(output.token_ids, output.logprobs, strict=True)
+    return list(output.token_ids), [step[token].logprob for token, step in steps]
 
 
 def prompts(count: int, length: int, vocabulary: int = 500) -> list[list[int]]:

@@ -30,7 +30,7 @@ def layers_side_by_side():
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
     layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-    with mock.patch.object(CPUAttentionBackend, "supported_kv_cache_layouts", lambda: layouts):
+    with mock.patch.object(CPUAttentionBackend, "supported_kv_cache_layouts", return_value=layouts):
         yield
 
 
@@ -43,7 +43,7 @@ def fixed_answers(path, layers_side_by_side):
     with engine(path, "qwen3_moe", **settings(path, kv_policy="fixed", kv_floor=0.8)) as llm:
         (offload,) = worker_of(llm).moe_offload_engines
         assert 0 < offload.borrower.boundary.max_increments < SHAPE["num_experts"]
-        answers = serve(llm, PROMPTS, TOKENS, checked=False)
+        answers = serve(llm, PROMPTS, TOKENS)
         check(llm)
         assert offload.borrower._follower.number == 1, "a fixed split moved"
     return answers
@@ -55,7 +55,7 @@ def answers_of_an_arena(path):
     with engine(path, "qwen3_moe", **settings(path, cache_fraction=0.25)) as llm:
         (offload,) = worker_of(llm).moe_offload_engines
         assert not offload.borrows
-        return serve(llm, PROMPTS, TOKENS, checked=False)
+        return serve(llm, PROMPTS, TOKENS)
 
 
 def test_borrowed_slots_change_no_bit(fixed_answers, answers_of_an_arena):
@@ -65,8 +65,8 @@ def test_borrowed_slots_change_no_bit(fixed_answers, answers_of_an_arena):
 def test_moves_change_no_bit(path, fixed_answers, monkeypatch):
     monkeypatch.setattr(lending, "_policy", sharing.restless)
     with poisoned_moves() as watch, engine(path, "qwen3_moe", **settings(path)) as llm:
-        answers = serve(llm, PROMPTS, TOKENS, checked=True)
-        answers_again = serve(llm, PROMPTS, TOKENS, checked=False, start=100)
+        answers = serve(llm, PROMPTS, TOKENS, check_every=1)
+        answers_again = serve(llm, PROMPTS, TOKENS, start=100)
         check(llm)
         stats = llm.collective_rpc("moe_offload_stats")[0]
     assert answers == fixed_answers

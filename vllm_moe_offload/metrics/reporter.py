@@ -10,7 +10,8 @@ from operator import add
 from pathlib import Path
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats, OffloadEngine
+from vllm_moe_offload.engine import OffloadEngine
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.lifeline import Claim
 from vllm_moe_offload.metrics.page import Page, Worker, claim_page, layer_label
 from vllm_moe_offload.sizes import GIB
