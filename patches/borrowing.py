@@ -96,12 +96,14 @@ class Borrowing:
         """Let what the runner returned carry a report."""
         from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+        if not isinstance(output, AsyncModelRunnerOutput | ModelRunnerOutput):
+            return output
         report = self._engine.lending_report()
         if isinstance(output, AsyncModelRunnerOutput):
             finish: Callable[[], Any] = output.get_output
             output.get_output = lambda: _with_report(finish(), report)
             return output
-        return _with_report(output, report) if isinstance(output, ModelRunnerOutput) else output
+        return _with_report(output, report)
 
 
 def _with_report(output: Any, report: Report | None) -> Any:

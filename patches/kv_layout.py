@@ -18,6 +18,9 @@ from typing import Any
 from vllm_moe_offload.patches.wrapping import wrap
 
 
+_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
+
+
 def apply(module: ModuleType) -> None:
     """Let workers whose experts borrow ask for a layout."""
     wrap(module.WorkerBase, "get_supported_kv_cache_layouts", _supported_layouts)
@@ -54,7 +57,7 @@ def _why_not_by_features(vllm_config: Any) -> str | None:
             or getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
         "a draft model has a cache of its own": (
-            speculative is not None and speculative.draft_model_config is not None
+            speculative is not None and speculative.method not in _WITHOUT_DRAFT_MODEL
         ),
         "a hybrid model keeps states beside keys and values": model.is_hybrid,
         "an encoder has a cache of its own": model.is_encoder_decoder,

@@ -9,7 +9,7 @@ import vllm.v1.worker.gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.metrics import page, reporter
 from vllm_moe_offload.patches import cpu_worker, worker

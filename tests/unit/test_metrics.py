@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.metrics import page
 from vllm_moe_offload.metrics.families import PREFIX, OffloadCollector
 from vllm_moe_offload.metrics.page import Page, Worker, layer_label
