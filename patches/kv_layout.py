@@ -17,7 +17,6 @@ from typing import Any
 
 from vllm_moe_offload.patches.wrapping import wrap
 
-
 _WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")
 
 

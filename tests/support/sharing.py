@@ -31,9 +31,41 @@ class Restless(FixedPolicy):
         return self._increments
 
 
+class Switched(Restless):
+    """Rests at a split until it is told to move."""
+
+    split = 0
+    moves = False
+
+    def decide(self, standing: Standing) -> int:
+        return super().decide(standing) if self.moves else self.split
+
+
 def restless(config: Any, boundary: Any) -> Restless:
     """In place of ``patches.lending._policy``."""
     return Restless(boundary.max_increments)
+
+
+def switched(split: int) -> Any:
+    """The same, for a policy that rests at first."""
+
+    def policy(config: Any, boundary: Any) -> Switched:
+        made = Switched(boundary.max_increments)
+        made.split = split
+        return made
+
+    return policy
+
+
+def let_layers_lie_side_by_side(cpu_attn: Any) -> None:
+    """Let vLLM's CPU backend put the layers of a block together.
+
+    It names one layout, in which they lie apart, but its kernels address blocks by their stride.
+    """
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+    cpu_attn.CPUAttentionBackend.supported_kv_cache_layouts = staticmethod(lambda: layouts)
 
 
 @dataclass

@@ -96,6 +96,9 @@ def test_out_of_range(name, value):
         ("cache_fraction", 0, 0.0),
         ("cache_fraction", "1", 1.0),
         ("cache_fraction", None, None),
+        ("kv_floor", "0", 0.0),
+        ("kv_floor", 1, 1.0),
+        ("kv_policy", "fixed", "fixed"),
         ("staging_mb", 1e-3, 1e-3),
         ("staging_mb", "auto", "auto"),
         ("stats_interval_s", 0, 0.0),
@@ -171,6 +174,17 @@ def test_two_sizes():
     assert "cache_fraction = 0.5" in message
     assert "gpu_gb = 4.0" in message
     assert "Give one of the two" in message
+
+
+@pytest.mark.parametrize("size", [{"gpu_gb": 4}, {"cache_fraction": 0.5}])
+@pytest.mark.parametrize("option", [{"kv_floor": 0.3}, {"kv_policy": "fixed"}])
+def test_sharing_beside_slots_of_their_own(size, option):
+    ((size_name, amount),), ((name, value),) = size.items(), option.items()
+    message = str(refusal({**size, **option}))
+    assert f"{name} = {value}: with {size_name} = {float(amount)} the slots have memory" in message
+    assert f"Drop {size_name}, or drop this option" in message
+    assert MoeOffloadConfig.parse(option).wants_to_borrow
+    assert not MoeOffloadConfig.parse(size).wants_to_borrow
 
 
 def test_fraction_beside_automatic_size():

@@ -5,10 +5,15 @@ blocks by their stride all the same, so here they are told to do so: the same sc
 runner, cache and kernels, in the layout that experts need.
 """
 
-from unittest import mock
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sharing
+from cpu_settings import env
 from served import engine, offloaded
 from sharing import check, poisoned_moves, prompts, serve, worker_of
 
@@ -26,11 +31,15 @@ def path(checkpoint):
 
 @pytest.fixture(scope="module")
 def layers_side_by_side():
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.attention.backends import cpu_attn
 
-    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-    with mock.patch.object(CPUAttentionBackend, "supported_kv_cache_layouts", return_value=layouts):
+    with pytest.MonkeyPatch.context() as patch:
+        # Noted for being undone, then changed.
+        backend = cpu_attn.CPUAttentionBackend
+        patch.setattr(
+            backend, "supported_kv_cache_layouts", vars(backend)["supported_kv_cache_layouts"]
+        )
+        sharing.let_layers_lie_side_by_side(cpu_attn)
         yield
 
 
@@ -74,3 +83,54 @@ def test_moves_change_no_bit(path, fixed_answers, monkeypatch):
     assert watch.moves >= 200
     assert len(set(watch.increments)) > 8
     assert stats["misses"] > stats["slots"], "experts came back into slots that had closed"
+
+
+WORKERS = """
+import json, sys
+sys.path.insert(0, {support!r})
+import sharing
+from vllm_moe_offload.patches import lending, when_imported
+
+# Worker processes run this file too, up to here.
+when_imported.call("vllm.v1.attention.backends.cpu_attn", sharing.let_layers_lie_side_by_side)
+
+if __name__ == "__main__":
+    from pathlib import Path
+    from served import engine, offloaded
+
+    lending._policy = sharing.switched(6)
+    prompts = sharing.prompts(10, 60)
+    with engine(
+        Path({path!r}), "qwen3_moe", tensor_parallel_size=2, block_size=32,
+        kv_cache_memory_bytes=4 << 20, enable_prefix_caching=False, **offloaded(),
+    ) as llm:
+        at_rest = sharing.serve(llm, prompts, 40)
+        lending = sharing.core_of(llm).scheduler.moe_offload_lending
+        before = lending.lender.book.ordered
+        lending._policy.moves = True
+        moving = sharing.serve(llm, prompts, 40, start=100)
+        shares = llm.collective_rpc("moe_offload_share")
+        found = dict(
+            before=before, same=at_rest == moving, moves=lending.lender.book.confirmed.number,
+            slots=[share.slots for share in shares], lent=lending.lender.ledger.lent,
+            boundaries=len({{share.boundary for share in shares}}),
+        )
+    print("RESULT " + json.dumps(found))
+"""
+
+
+def test_workers_of_a_group_move_together(path, tmp_path):
+    script = tmp_path / "workers.py"
+    support = str(Path(__file__).parents[1] / "support")
+    script.write_text(WORKERS.format(support=support, path=str(path)))
+    result = subprocess.run(
+        [sys.executable, "-P", script], env={**os.environ, **env("qwen3_moe", 2)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
+    found = json.loads(result.stdout.rsplit("RESULT ", 1)[1].splitlines()[0])
+    assert found["before"] == 6
+    assert found["same"], "answers depend on where the boundary is"
+    assert found["moves"] >= 40
+    assert found["boundaries"] == 1
+    assert found["slots"] == [found["lent"] * SHAPE["num_layers"]] * 2

@@ -41,23 +41,12 @@ SPLIT = 12
 """Slots of a layer while the boundary rests."""
 
 
-class Switched(sharing.Restless):
-    """Rests until it is told to move."""
-
-    moves = False
-
-    def decide(self, standing):
-        return super().decide(standing) if self.moves else SPLIT
-
-
 @pytest.fixture(scope="module")
 def llm(checkpoint):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    with mock.patch.object(
-        lending, "_policy", lambda _config, boundary: Switched(boundary.max_increments)
-    ):
+    with mock.patch.object(lending, "_policy", sharing.switched(SPLIT)):
         llm = LLM(
             str(checkpoint("qwen3_moe", **SHAPE)), dtype="bfloat16", max_model_len=2048,
             max_num_batched_tokens=512, max_num_seqs=64, enable_prefix_caching=False,
