@@ -334,6 +334,14 @@ class OffloadEngine:
         )
 
     @property
+    def shared_blocks(self) -> tuple[int, int] | None:
+        """First block of the KV cache that experts hold now, and how many blocks there are."""
+        if self.borrower is None:
+            return None
+        boundary = self.borrower.boundary
+        return boundary.first_block(self.borrower.increments), boundary.num_blocks
+
+    @property
     def lent_bytes(self) -> int:
         """Bytes of the KV cache's buffer that hold experts now."""
         return self.borrower.lent_bytes if self.borrower else 0

@@ -34,6 +34,7 @@ class FakeEngine:
         self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
         self.borrows = False
+        self.shared_blocks = None
         self.policies = {"eviction": "lru"}
         self.after_warm_up, self.closed = [], 0
         self.steps = []
