@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def path(checkpoint):
     return checkpoint("qwen3_moe", **SHAPE)
 
 
-@pytest.fixture(scope="module")
+@contextmanager
 def layers_side_by_side():
     from vllm.v1.attention.backends import cpu_attn
 
@@ -43,13 +44,19 @@ def layers_side_by_side():
         yield
 
 
-def settings(path, **options):
+def settings(**options):
     return {"block_size": 32, "kv_cache_memory_bytes": 8 << 20, **offloaded(**options)}
 
 
+@contextmanager
+def sharing_engine(path, **options):
+    with layers_side_by_side(), engine(path, "qwen3_moe", **settings(**options)) as llm:
+        yield llm
+
+
 @pytest.fixture(scope="module")
-def fixed_answers(path, layers_side_by_side):
-    with engine(path, "qwen3_moe", **settings(path, kv_policy="fixed", kv_floor=0.8)) as llm:
+def fixed_answers(path):
+    with sharing_engine(path, kv_policy="fixed", kv_floor=0.8) as llm:
         (offload,) = worker_of(llm).moe_offload_engines
         assert 0 < offload.borrower.boundary.max_increments < SHAPE["num_experts"]
         answers = serve(llm, PROMPTS, TOKENS)
@@ -60,10 +67,11 @@ def fixed_answers(path, layers_side_by_side):
 
 @pytest.fixture(scope="module")
 def answers_of_an_arena(path):
-    """With slots of their own, and the layout that vLLM prefers."""
-    with engine(path, "qwen3_moe", **settings(path, cache_fraction=0.25)) as llm:
+    """Without any option, in the layout that the backend names: split once, with the reason."""
+    with engine(path, "qwen3_moe", **settings()) as llm:
         (offload,) = worker_of(llm).moe_offload_engines
-        assert not offload.borrows
+        assert "CPU_ATTN keeps the layers of a block apart" in offload.not_shared
+        assert offload.budget.slots == (SHAPE["num_experts"] // 4,) * SHAPE["num_layers"]
         return serve(llm, PROMPTS, TOKENS)
 
 
@@ -73,7 +81,7 @@ def test_borrowed_slots_change_no_bit(fixed_answers, answers_of_an_arena):
 
 def test_moves_change_no_bit(path, fixed_answers, monkeypatch):
     monkeypatch.setattr(lending, "_policy", sharing.restless)
-    with poisoned_moves() as watch, engine(path, "qwen3_moe", **settings(path)) as llm:
+    with poisoned_moves() as watch, sharing_engine(path) as llm:
         answers = serve(llm, PROMPTS, TOKENS, check_every=1)
         answers_again = serve(llm, PROMPTS, TOKENS, start=100)
         check(llm)
