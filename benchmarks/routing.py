@@ -53,6 +53,35 @@ class UniformOverSome:
         return _equal_weights(ids_TK), ids_TK.to(indices_type or torch.int32)
 
 
+class Skewed:
+    """Expert ``e`` of a layer with a probability that falls with ``(1 + e) ** -exponent``.
+
+    Without replacement, drawn anew in every step: the largest of the logarithms plus noise after
+    Gumbel.
+
+    Args:
+        exponent: 0 for uniform routing.
+    """
+
+    def __init__(self, exponent: float = 0.8) -> None:
+        self._exponent = exponent
+
+    def route_tokens(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        top_k: int,
+        indices_type: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights float32 and ids [T, K]."""
+        (tokens, experts), device = router_logits.shape, router_logits.device
+        noise = -torch.log(-torch.log(torch.rand(tokens, experts, device=device)))
+        rank = torch.arange(1, experts + 1, device=device, dtype=torch.float32)
+        scores = noise - self._exponent * rank.log()
+        ids_TK = scores.topk(top_k, dim=-1).indices
+        return _equal_weights(ids_TK), ids_TK.to(indices_type or torch.int32)
+
+
 class TraceReplay:
     """The ids of a trace, one token of it for every token that the model runs.
 

@@ -75,12 +75,9 @@ class Server:
             settings["cpu_offload_params"] = set(names)  # JSON has none
         self._shape = shape
         self._offloaded = "plugin" in settings
+        settings = {"enable_prefix_caching": False, **settings}
         self.llm = LLM(
-            str(shape.write(folder)),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            **settings,
+            str(shape.write(folder)), load_format="dummy", skip_tokenizer_init=True, **settings
         )
         self._engine = self.llm.llm_engine
         self._requests = 0
