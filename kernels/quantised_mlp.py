@@ -247,7 +247,7 @@ def quantised_mlp(
     }  # fmt: skip
     matrix, shapes = _arguments(weights.w13, form, weights.columns, hidden, config.block_k)
     quantised_gate_up_kernel[(blocks * triton.cdiv(weights.columns, config.block_n),)](
-        inputs.x_TH, inputs.x_TH.stride(0), *_strided(inputs.scale_TG), *matrix,
+        *_terms(inputs.x_TH, form), *_strided(inputs.scale_TG), *matrix,
         hidden_PI, weight_P, *lists, num_pairs,
         CHOICES=ids_TK.shape[1], WEIGH=weight_on_input, PART_ROWS=_part_rows(weights),
         NAME=activation.name, GATED=activation.is_gated,
@@ -266,9 +266,17 @@ def quantised_mlp(
     matrix, shapes = _arguments(weights.w2, form, hidden, intermediate, config.block_k)
     out_PH = out_TKH.view(num_pairs, hidden)
     quantised_down_kernel[(blocks * triton.cdiv(hidden, config.block_n),)](
-        h, *_strided(h_scale), *matrix, out_PH, out_PH.stride(0), weight_P, *lists, num_pairs,
+        *_terms(h, form), *_strided(h_scale), *matrix, out_PH, out_PH.stride(0), weight_P, *lists, num_pairs,
         WEIGH=not weight_on_input, **shapes, **options,
     )  # fmt: skip
+
+
+def _terms(x_RK: Tensor, form: ExpertFormat) -> tuple[Tensor, int]:
+    """Activations and their stride as the products read them, next to 4-bit codes in words."""
+    if form.bits == 4 and x_RK.element_size() == 2:
+        pairs = x_RK.stride(0) % 2 == x_RK.storage_offset() % 2 == 0 and x_RK.stride(1) == 1
+        x_RK = (x_RK if pairs else x_RK.clone()).view(torch.int32)
+    return x_RK, x_RK.stride(0)
 
 
 def _part_rows(weights: QuantisedWeights) -> int:
