@@ -172,6 +172,7 @@ def nibbles(
     else:
         code: tl.constexpr = (_SCALED_BF16 if BF16 else _SCALED_F16)[ODD]
         values = tl.inline_asm_elementwise(
-            code, "=r,=r,r,r,r,r,r", [raw_KN, minus_KN, scale_KN], dtype=minus_KN.dtype, is_pure=True, pack=4
-        )
+            code, "=r,=r,r,r,r,r,r", [raw_KN, minus_KN, scale_KN],
+            dtype=minus_KN.dtype, is_pure=True, pack=4,
+        )  # fmt: skip
     return values

@@ -21,74 +21,7 @@ from vllm_moe_offload.kernels._decode_triton import (
     uint8,
 )
 from vllm_moe_offload.kernels._expert_mlp_triton import _tile_of
-
-_E4M3_MAX = tl.constexpr(448.0)
-
-
-@triton.jit
-def _to_e4m3(x, ROUND: tl.constexpr):
-    """Round float32 to e4m3, to nearest and ties to even."""
-    x = tl.minimum(tl.maximum(x, -_E4M3_MAX, tl.PropagateNan.ALL), _E4M3_MAX, tl.PropagateNan.ALL)
-    if ROUND:
-        # Triton's interpreter cuts off instead. Three bits of mantissa stay; below 2^-6 the
-        # steps are of 2^-9, where adding 1.5 2^14 lets float32 round.
-        bits = x.to(tl.uint32, bitcast=True)
-        kept = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-        small = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, small, kept.to(tl.float32, bitcast=True))
-    return x.to(tl.float8e4nv)
-
-
-@triton.jit
-def quantise_rows_kernel(
-    x, x_stride, q, scale, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Give every GROUP values of a row their scale; one program a row and group."""
-    row = tl.program_id(0).to(tl.int64)
-    _quantise(
-        x + row * x_stride, q + row * WIDTH, scale + row * tl.num_programs(1), tl.program_id(1),
-        WIDTH, GROUP, BLOCK, LEAST, OF_MAXIMUM, ROUND,
-    )  # fmt: skip
-
-
-@triton.jit
-def quantise_pairs_kernel(
-    x, q, scale, sorted_pair, expert_of_block, num_blocks, row_of_E, num_pairs,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
-    OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Do the same with the rows of the pairs that have just been computed."""
-    place = tl.program_id(0)
-    if place >= tl.load(num_blocks) * BLOCK_M:
-        return
-    if tl.load(row_of_E + tl.load(expert_of_block + place // BLOCK_M)) < 0:
-        return
-    pair = tl.load(sorted_pair + place).to(tl.int64)
-    if pair >= num_pairs:
-        return
-    _quantise(
-        x + pair * WIDTH, q + pair * WIDTH, scale + pair * tl.num_programs(1), tl.program_id(1),
-        WIDTH, GROUP, BLOCK, LEAST, OF_MAXIMUM, ROUND,
-    )  # fmt: skip
-
-
-@triton.jit
-def _quantise(
-    x, q, scale, group, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    offset = tl.arange(0, BLOCK)
-    column = group * GROUP + offset
-    inside = (offset < GROUP) & (column < WIDTH)
-    values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values))
-    if OF_MAXIMUM:
-        factor = tl.maximum(largest, LEAST) * (1.0 / _E4M3_MAX)
-    else:
-        factor = tl.maximum(largest * (1.0 / _E4M3_MAX), LEAST)
-    tl.store(scale + group, factor)
-    tl.store(q + column, _to_e4m3(tl.div_rn(values, factor), ROUND), mask=inside)
+from vllm_moe_offload.kernels._quantise_triton import group_factor, quotient, to_e4m3
 
 
 @triton.jit
@@ -202,14 +135,18 @@ def _whole_terms(
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add the products with a tile of bytes."""
+    """Add the products with a tile of bytes; nothing has been added before "group here"."""
     term = first + tl.arange(0, BLOCK_K)
     mask = a_mask[:, None]
     if TERMS % BLOCK_K != 0:
         mask = mask & (term < TERMS)[None, :]
     a = tl.load(a_rows[:, None] + term[None, :], mask=mask, other=0.0)
     if INPUTS == "static":
-        a = _to_e4m3(a.to(tl.float32) * (1.0 / input_scale), UPCAST)
+        a = to_e4m3(a.to(tl.float32) * (1.0 / input_scale), UPCAST)
+    if INPUTS == "group here":
+        values = a.to(tl.float32)
+        factor = group_factor(tl.max(tl.abs(values), 1))
+        a = to_e4m3(quotient(values, factor[:, None], UPCAST), UPCAST)
     if INPUTS == "none":
         b = _single_codes(
             codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
@@ -224,7 +161,10 @@ def _whole_terms(
     if UPCAST:
         # Interpreted, a product is in float32: it knows neither bfloat16 nor e4m3.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    part = tl.dot(a, b, acc, input_precision="ieee")
+    if INPUTS == "group here":
+        part *= factor[:, None]
+    return part
 
 
 @triton.jit
@@ -238,7 +178,7 @@ def _factor(scale_of_column, a_scale, a_mask, group, OF_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def _product(  # noqa: PLR0912
     a_rows, a_mask, a_scale, input_scale, codes, code_stride, zero, zero_stride,
     scale, scale_stride, column,
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -253,8 +193,8 @@ def _product(
     PAIRED: tl.constexpr = ELEMENTS == "uint4" or ELEMENTS == "e2m1"  # noqa: PLR1714
     # Many rows make more sums than codes, and no registers for factors of both.
     FEW_ROWS: tl.constexpr = a_rows.shape[0] <= 32
-    OF_SUMS: tl.constexpr = SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS and (
-        FEW_ROWS or not PAIRED
+    OF_SUMS: tl.constexpr = (
+        SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS and (FEW_ROWS or not PAIRED)
     )
     AHEAD: tl.constexpr = OF_SUMS and FEW_ROWS
     dtype: tl.constexpr = tl.float32 if UPCAST else of
@@ -303,7 +243,7 @@ def _product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def quantised_gate_up_kernel(
     x, x_stride, x_scale, x_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,
@@ -346,7 +286,8 @@ def quantised_gate_up_kernel(
     acc = _product(
         x + token * x_stride, real, x_scale, input_scale, codes + row * code_row, code_stride,
         zero, zero_stride, scale + row * scale_row, scale_stride, column,
-        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K, h_PI.dtype.element_ty, UPCAST,
+        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K,
+        h_PI.dtype.element_ty, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row + column // PART_ROWS)[None, :]
@@ -363,7 +304,7 @@ def quantised_gate_up_kernel(
     tl.store(h_ptrs, h.to(h_PI.dtype.element_ty), mask=real[:, None] & (i < INTERMEDIATE)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def quantised_down_kernel(
     h_PI, h_stride, h_scale, h_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,
@@ -399,7 +340,8 @@ def quantised_down_kernel(
     acc = _product(
         h_PI + place * h_stride, real, h_scale, input_scale, codes + row * code_row,
         code_stride, zero, zero_stride, scale + row * scale_row, scale_stride, column,
-        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K, out.dtype.element_ty, UPCAST,
+        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K,
+        out.dtype.element_ty, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row)
