@@ -29,12 +29,13 @@ def code_scale(raw):
 
 @triton.jit
 def scale_as(raw, dtype: tl.constexpr):
-    """Turn stored scales into the type that 4-bit codes are decoded to."""
+    """Turn stored scales into the type that 4-bit codes are decoded to.
+
+    In bfloat16 a byte is taken for an exponent as it is: 2^-127 counts as zero, and NaN, which no
+    checkpoint is loaded with, as infinity.
+    """
     if raw.dtype == tl.uint8 and dtype == tl.bfloat16:
-        # As in ``code_scale``, in few steps.
-        exponent = raw.to(tl.uint16)
-        bits = tl.maximum(exponent << 7, 0x40) | (((exponent + 1) >> 8) << 6)
-        scale = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        scale = (raw.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
     else:
         scale = code_scale(raw).to(dtype)
     return scale
