@@ -4,6 +4,7 @@ import numpy as np
 import prediction
 import prediction_server
 import pytest
+import report
 import torch
 from shapes import SHAPES
 from traces import random_trace
@@ -125,3 +126,23 @@ def test_a_predictor_knows_what_it_was_taught():
     prediction_server.teach(eam, lessons)
     assert eam.tables.size == 2  # of 64 tokens each; 20 and 2 are too few
     assert eam.tables.counts_LEN[0].sum(0)[:2].tolist() == [64, 64]
+
+
+def test_a_result_as_markdown():
+    off = "prefetch is off: a layer's computation hides no transfer of an expert"
+    rows = [
+        row("cpu-offload 0.25", 0.004, tokens_per_second=250.0, server="cpu-offload"),
+        row("gate auto 0.25", 0.002, tokens_per_second=500.0, hit_ratio=0.5, bytes=2e7,
+            ahead_ratio=0.0, coverage=0.125, of_stock=2.0, said=[off]),
+    ]  # fmt: skip
+    machine = {"device": "GPU", "processor": "CPU", "torch": "1", "vllm": "2"}
+    text = report.markdown({
+        "suite": "prediction", "trace": "intent", "learned": "summary", "machine": machine,
+        "commit": "abc", "copy_gb_s": [50.0], "targets": prediction.verdicts(rows), "rows": rows,
+        "shapes": {"s": {"num_layers": 27}}, "processes": [{"configuration": "p", "exit": 0}],
+    })  # fmt: skip
+    assert "| cpu-offload 0.25 | 1 | 4.00 | 250.0 |  |" in text
+    wanted = "| gate auto 0.25 | 1 | 2.00 | 500.0 | 2.00 x | 0.500 |  | 0.125 | 0.020 | 10.0 |  |"
+    assert wanted in text
+    assert "- intent in 27 layers; before it predictors knew summary." in text
+    assert f"- gate auto 0.25: {off}" in text
