@@ -6,6 +6,7 @@ was learned, and the CUDA graphs.
 """
 
 import gc
+import weakref
 from typing import Any
 
 import torch
@@ -68,10 +69,12 @@ class Exchange:
             log_tokens=tokens_to_log(config, config.model_config, MoeOffloadConfig.parse(options)),
         )  # fmt: skip
         # Its slots are freed before the new ones are taken: both might not fit.
+        slots = weakref.ref(old.arena)
         worker.moe_offload_engines.clear()
         _join(model, new)
         del old
         gc.collect()
+        assert slots() is None, "somebody still holds the engine before"
         if new.device.type == "cuda":
             torch.cuda.empty_cache()
         new.plan()

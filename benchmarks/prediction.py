@@ -1,6 +1,8 @@
 """The suite ``prediction``: eviction and predictors on replayed routing, against stock vLLM.
 
-    python benchmarks/run.py --suite prediction --trace TRACE.npz --together 3 --out FILE
+    python benchmarks/run.py --suite prediction --together 3 --trace TRACE.npz --out FILE
+
+With ``--learned OTHER.npz`` predictors know another trace of the model from before.
 
 Every token that the model runs is routed as a token of a trace, each sequence of a batch along its
 own stretch of it. A shape of fewer layers follows the trace's first ones. One server has all
@@ -68,7 +70,9 @@ def shape_of(path: Path) -> str:
     return next(found)
 
 
-def prediction(name: str, options: dict[str, Any], path: str = "") -> list[Job]:
+def prediction(
+    name: str, options: dict[str, Any], path: str = "", learned: str | None = None
+) -> list[Job]:
     """Stock vLLM at the same shares, and the server whose engines are exchanged.
 
     The latter comes last: all experts are in slots once, for which the others must have ended.
@@ -77,6 +81,7 @@ def prediction(name: str, options: dict[str, Any], path: str = "") -> list[Job]:
         name: a shape with as many choices as the trace, and no more layers.
         options: of the plugin, in all configurations.
         path: the trace.
+        learned: another trace of the model, which predictors know from before.
     """
     found = engines(name, options)
     batches = [plan for run in found[0]["runs"] for plan in run["measurements"]]
@@ -89,7 +94,7 @@ def prediction(name: str, options: dict[str, Any], path: str = "") -> list[Job]:
     ]
     for job in asked:
         job["settings"]["max_model_len"] = MAX_TOKENS
-    return [{**job, "trace": path} for job in asked]
+    return [{**job, "trace": path, "learned": learned} for job in asked]
 
 
 def engines(name: str, options: dict[str, Any]) -> list[Job]:
@@ -211,6 +216,7 @@ def measure(
             **origin,
             "suite": "prediction",
             "trace": Path(asked[0]["trace"]).stem,
+            "learned": asked[0]["learned"] and Path(asked[0]["learned"]).stem,
             "copy_gb_s": [p["copy_gb_s"] for p in processes if p["copy_gb_s"]],
             "shapes": {job["shape"]: SHAPES[job["shape"]].as_dict() for job in asked},
             "targets": verdicts(judged),

@@ -88,6 +88,19 @@ def _compared(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def notes(result: dict[str, Any]) -> list[str]:
+    """What was replayed, and what engines have said of themselves, as a list of Markdown."""
+    if result.get("suite") != "prediction":
+        return []
+    known = result["learned"] or "nothing"
+    about = [
+        f"- {result['trace']} in {shape['num_layers']} layers; before it predictors knew {known}."
+        for shape in result["shapes"].values()
+    ]
+    said = {(r["configuration"], line): None for r in result["rows"] for line in r.get("said", [])}
+    return ["", *about, *(f"- {configuration}: {line}" for configuration, line in said)]
+
+
 def rows_of(result: dict[str, Any]) -> Cells:
     """The rows of a result, in the table of its suite."""
     table = comparison_table if result.get("suite") == "prediction" else row_table
@@ -114,6 +127,7 @@ def markdown(result: dict[str, Any]) -> str:
         *(markdown_table(target_table(result["targets"])) if result["targets"] else []),
         "",
         *markdown_table(rows_of(result)),
+        *notes(result),
     ]
     if failed := failures(result["processes"]):
         lines += ["", "Failed: " + "; ".join(failed)]

@@ -105,7 +105,8 @@ def predicted(args: argparse.Namespace) -> int:
     from machine import provenance
 
     shape = args.shape or prediction.shape_of(args.trace)
-    asked = prediction.prediction(shape, args.option, str(args.trace.resolve()))
+    learned = args.learned and str(args.learned.resolve())
+    asked = prediction.prediction(shape, args.option, str(args.trace.resolve()), learned)
     if args.list:
         print(*prediction.names(asked), sep="\n")
         return 0
@@ -164,6 +165,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--minutes", type=float, help="the suite prediction begins no engine later than that"
     )
     parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
+    parser.add_argument("--learned", type=Path, help="another trace, which predictors know")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)

@@ -2,11 +2,17 @@
 
 import numpy as np
 import prediction
+import prediction_server
 import pytest
+import report
+import torch
 from shapes import SHAPES
 from traces import random_trace
 
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.predictors.eam import EamPredictor
+from vllm_moe_offload.predictors.markov import MarkovPredictor
+from vllm_moe_offload.trace import Trace
 
 PREDICTORS = {"markov", "eam", "gate"}
 
@@ -106,3 +112,37 @@ def test_verdicts():
 def test_another_model_is_not_held_to_what_is_promised_for_qwen3():
     rows = [row("lru 0.25", 2.0, of_stock=1.5, shape="deepseek-v2-lite")]
     assert [verdict["passed"] for verdict in prediction.verdicts(rows)] == [None, None]
+
+
+def test_a_predictor_knows_what_it_was_taught():
+    # Each expert of a layer is followed by the next one in the layer after it.
+    ids_NLK = (np.arange(150)[:, None, None] + np.arange(3)[None, :, None]) % 8
+    lessons = Trace(ids_NLK.astype(np.uint8), np.array([0, 20, 150]), 8, "model", "source")
+    markov = MarkovPredictor(3, 8, torch.device("cpu"))
+    prediction_server.teach(markov, lessons)
+    assert markov.tables.tokens == 150
+    assert markov.tables.evidence_LEE.argmax(2).tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]] * 2
+    eam = EamPredictor(3, 8, 4, torch.device("cpu"))
+    prediction_server.teach(eam, lessons)
+    assert eam.tables.size == 2  # of 64 tokens each; 20 and 2 are too few
+    assert eam.tables.counts_LEN[0].sum(0)[:2].tolist() == [64, 64]
+
+
+def test_a_result_as_markdown():
+    off = "prefetch is off: a layer's computation hides no transfer of an expert"
+    rows = [
+        row("cpu-offload 0.25", 0.004, tokens_per_second=250.0, server="cpu-offload"),
+        row("gate auto 0.25", 0.002, tokens_per_second=500.0, hit_ratio=0.5, bytes=2e7,
+            ahead_ratio=0.0, coverage=0.125, of_stock=2.0, said=[off]),
+    ]  # fmt: skip
+    machine = {"device": "GPU", "processor": "CPU", "torch": "1", "vllm": "2"}
+    text = report.markdown({
+        "suite": "prediction", "trace": "intent", "learned": "summary", "machine": machine,
+        "commit": "abc", "copy_gb_s": [50.0], "targets": prediction.verdicts(rows), "rows": rows,
+        "shapes": {"s": {"num_layers": 27}}, "processes": [{"configuration": "p", "exit": 0}],
+    })  # fmt: skip
+    assert "| cpu-offload 0.25 | 1 | 4.00 | 250.0 |  |" in text
+    wanted = "| gate auto 0.25 | 1 | 2.00 | 500.0 | 2.00 x | 0.500 |  | 0.125 | 0.020 | 10.0 |  |"
+    assert wanted in text
+    assert "- intent in 27 layers; before it predictors knew summary." in text
+    assert f"- gate auto 0.25: {off}" in text
