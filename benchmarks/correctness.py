@@ -313,15 +313,7 @@ def cases(
 
 def main() -> int:
     """Run every case in processes of its own; the result file grows with each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", help="revision, where the tree has no repository")
-    parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=[], help="likewise")
-    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(sys.argv[1:])
     if args.one:
         args.out.write_text(json.dumps(run_one(Case(*args.one[0].split(",")), args.one[1])))
         return 0
@@ -345,6 +337,19 @@ def main() -> int:
             result = {**origin, "passed": all_passed, "rows": rows}
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if rows and all_passed else 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="revision, where the tree has no repository")
+    parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=[], help="likewise")
+    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 Outcome = tuple[int, dict[str, Any], str]
