@@ -1,6 +1,7 @@
 """The workers' half: slots, bytes and order, over real tables and a real buffer."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from vllm_moe_offload.lending.borrower import Borrower
 from vllm_moe_offload.lending.boundary import Boundary
 from vllm_moe_offload.lending.orders import Order, ProtocolError
 from vllm_moe_offload.lending.rows import borrowed_rows
-from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.residencies import Residencies
 
 HOST = torch.device("cpu")
 BOUNDARY = Boundary(
@@ -24,12 +25,11 @@ class Worker:
     def __init__(self, boundary: Boundary = BOUNDARY) -> None:
         size = boundary.num_blocks * boundary.block_bytes
         self.buffer = torch.zeros(size, dtype=torch.int8)
-        self.residencies = [
-            Residency(20, boundary.max_increments, HOST, least_open=boundary.min_increments)
-            for _ in boundary.row_bytes
-        ]
+        slots = [boundary.max_increments] * len(boundary.row_bytes)
+        self.residencies = Residencies([20, 18], slots, HOST, least_open=boundary.min_increments)
+        self.traffic = SimpleNamespace(num_bytes=lambda: 5, bytes_per_second=2.0)
         self.settled: list[int] = []
-        self.borrower = Borrower(boundary, self.buffer, self.residencies, self.settle)
+        self.borrower = Borrower(boundary, self.buffer, self.residencies, self.traffic, self.settle)
 
     def settle(self) -> None:
         self.settled.append(self.residencies[0].num_open)
@@ -58,12 +58,12 @@ def test_random_orders():
         worker.borrower.follow(Order(number, increments))
         assert worker.settled[-1] == before, "slots closed before copies were there"
         assert worker.borrower.increments == increments
-        assert worker.borrower.report(5, 2.0) == worker.borrower._follower.report(5, 2.0)
+        assert worker.borrower.report() == worker.borrower._follower.report(5, 2.0)
         worker.borrower.check_integrity()
         own = BOUNDARY.first_block(increments) * BOUNDARY.block_bytes
         assert not worker.buffer[:own].any(), "bits of weights are left in vLLM's blocks"
+        worker.residencies.check_integrity()
         for residency in worker.residencies:
-            residency.check_integrity()
             assert residency.num_resident() <= min(before, increments)
         worker.fill()
         before = increments
@@ -103,6 +103,6 @@ def test_nothing_is_resident_in_a_buffer_that_was_discarded():
 
 def test_a_layer_with_another_boundary_is_found_out():
     worker = Worker()
-    worker.residencies[1].open_from(3)
+    worker.residencies[1].first_open = 3
     with pytest.raises(AssertionError, match="another boundary"):
         worker.borrower.check_integrity()
