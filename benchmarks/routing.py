@@ -97,6 +97,7 @@ class TraceReplay:
     def __init__(self, ids_NLK: Tensor, *, spread: bool = False) -> None:
         self._spread = spread
         self._ids_LNK = ids_NLK.transpose(0, 1).contiguous()
+        self._trace_LNK = self._ids_LNK.clone()
         self._position: Tensor | None = None
         self._step_tokens = 0
         self._layer = 0
@@ -105,6 +106,23 @@ class TraceReplay:
         """Let the next step begin with the first token of the trace."""
         if self._position is not None:
             self._position.zero_()
+
+    def scramble(self, seed: int | None) -> None:
+        """Replace the trace by uniform routing of as many tokens, the same for a seed; or restore.
+
+        Args:
+            seed: None for the trace itself.
+        """
+        ids_LNK = self._trace_LNK
+        if seed is not None:
+            drawn = torch.Generator().manual_seed(seed)
+            layers, tokens, choices = ids_LNK.shape
+            experts = int(ids_LNK.max()) + 1
+            ids_LNK = torch.rand(layers, tokens, experts, generator=drawn).topk(choices).indices
+        if self._position is None:
+            self._ids_LNK = ids_LNK.to(self._ids_LNK.dtype, copy=True)
+        else:
+            self._ids_LNK.copy_(ids_LNK)  # A captured graph reads from here.
 
     @property
     def position(self) -> int:

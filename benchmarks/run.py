@@ -100,16 +100,32 @@ def shared_budget(args: argparse.Namespace) -> int:
     return 1 if failed or report.failures(result["processes"]) else 0
 
 
-ALONE = {"quant": quantised, "budget": shared_budget}
+def predicted(args: argparse.Namespace) -> int:
+    """Measure the suite of policies and predictors, which has engines and judges of its own."""
+    from machine import provenance
+
+    shape = args.shape or prediction.shape_of(args.trace)
+    learned = args.learned and str(args.learned.resolve())
+    asked = prediction.prediction(shape, args.option, str(args.trace.resolve()), learned)
+    if args.list:
+        print(*prediction.names(asked), sep="\n")
+        return 0
+    result = prediction.measure(
+        args.out, prediction.only(asked, args.only), provenance(args.commit),
+        together=args.together, minutes=args.minutes, fresh=not args.only,
+    )  # fmt: skip
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
+ALONE = {"quant": quantised, "budget": shared_budget, "prediction": predicted}
 """Suites that run alone."""
 
 
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Jobs of a suite, on the shape that was asked for or on the suite's own."""
     shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
-    if suite == "prediction":
-        shape = args.shape or prediction.shape_of(args.trace)
-        return prediction.prediction(shape, args.option, str(args.trace.resolve()))
     if suite == "trace":
         return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
     return SUITES[suite](shape, args.option)
@@ -119,7 +135,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--suite", nargs="+", choices=[*SUITES, *OF_TRACES, *ALONE], default=["engine"]
+        "--suite", nargs="+", choices=[*SUITES, "trace", *ALONE], default=["engine"]
     )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
@@ -145,7 +161,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=2, help="servers that start at once; one is measured"
     )
+    parser.add_argument(
+        "--minutes", type=float, help="the suite prediction begins no engine later than that"
+    )
     parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
+    parser.add_argument("--learned", type=Path, help="another trace, which predictors know")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
@@ -204,8 +224,6 @@ def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[
     if "engine" in args.suite:
         shape = args.shape or "qwen3-30b-a3b-16"
         found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
-    if "prediction" in args.suite:
-        found += prediction.verdicts(rows)
     if "trace" in args.suite:
         found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
     return found

@@ -117,6 +117,7 @@ class LatentShape(Shape):
 
 
 SHAPES: dict[str, Shape] = {
+    "qwen3-30b-a3b-8": Shape(8, 128, 8, 2048, 768, 32, 4),
     "qwen3-30b-a3b-16": Shape(16, 128, 8, 2048, 768, 32, 4),
     "qwen3-30b-a3b": Shape(48, 128, 8, 2048, 768, 32, 4),
     # With as many choices as its recorded trace has.

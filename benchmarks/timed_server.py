@@ -147,10 +147,13 @@ class Server:
         (stats,) = self.llm.collective_rpc("moe_offload_stats")
         return stats
 
+    def worker(self) -> Any:
+        """The worker of vLLM, which is in this process."""
+        return self._engine.engine_core.engine_core.model_executor.driver_worker.worker
+
     def offload_engine(self) -> Any:
         """The plugin's engine, which is in this process."""
-        core = self._engine.engine_core.engine_core
-        (engine,) = core.model_executor.driver_worker.worker.moe_offload_engines
+        (engine,) = self.worker().moe_offload_engines
         return engine
 
     @staticmethod
@@ -168,14 +171,16 @@ class Server:
 def _moved(before: Any, after: Any, steps: int) -> dict[str, float]:
     if before is None or after is None:
         return {}
-    active = after["active"] - before["active"]
-    ahead = after.get("prefetch_hits", 0) - before.get("prefetch_hits", 0)
-    late = after["misses"] - before["misses"]
+    change = {n: after[n] - before[n] for n in after if isinstance(after[n], int | float)}
+    ahead = change["prefetch_hits"]
     return {
         # Of the experts that had to be moved, those that were there in time.
-        "ahead_ratio": ahead / max(1, ahead + late),
-        "bytes": (after["bytes_moved"] - before["bytes_moved"]) / steps,
-        "hit_ratio": (after["hits"] - before["hits"]) / max(1, active),
+        "ahead_ratio": ahead / max(1, ahead + change["misses"]),
+        "bytes": change["bytes_moved"] / steps,
+        "hit_ratio": change["hits"] / max(1, change["active"]),
+        "coverage": change["found"] / max(1, change["foreseeable"]),
+        # What the link needs for these bytes, hidden or not.
+        "transfer_seconds": change["transfer_seconds"] / steps,
     }
 
 
@@ -372,23 +377,6 @@ def replay_trace(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     server.offload_engine().check_integrity()
 
 
-def time_replay(job: dict[str, Any], folder: Path, talk: Talk) -> None:
-    """Time decode steps that are routed as a trace says, each sequence along its own stretch."""
-    import torch
-
-    from vllm_moe_offload.trace import load
-
-    ids_NLK = load(job["trace"]).expert_ids
-    routing.register(routing.TraceReplay(torch.from_numpy(ids_NLK.astype("int32")), spread=True))
-    fill_dummies_quickly()
-    server = Server(folder, SHAPES[job["shape"]], job)
-    talk.wait_for_turn()
-    for plan in job["measurements"]:
-        talk.note(server.decode(plan["batch"], plan["steps"], plan["warm_up"]))
-    if job["server"] == "plugin":
-        server.offload_engine().check_integrity()
-
-
 def empty_slots(engine: Any) -> None:
     """Make an engine forget who is resident, what it counted and what eviction has learned."""
     for layer in range(len(engine.specs)):
@@ -407,7 +395,6 @@ KINDS = {
     "server": time_server,
     "resolve": time_resolve,
     "trace": replay_trace,
-    "replay": time_replay,
     "profile": profile_server,
 }
 
