@@ -3,6 +3,7 @@
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import scheduling
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tenants import Worker
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
@@ -224,6 +226,37 @@ def lent(config):
     return watched
 
 
+def behind_the_step(worker: Worker) -> None:
+    """Let orders be carried out when their step has been computed."""
+    run = worker.run
+
+    def late(output: Any) -> None:
+        order = vars(output).pop(ORDER, None)
+        run(output)
+        if order is not None:
+            worker._follow(order)
+
+    worker.run = late
+
+
+def without_zeros(worker: Worker) -> None:
+    """Let bits of weights stay in blocks that go back."""
+    follow = worker.borrower._follower.follow
+    worker.borrower._follower.follow = lambda order: replace(follow(order), zeroed=range(0))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [(behind_the_step, "wrote into a slot|read NaN"), (without_zeros, "not zeroed")],
+)
+def test_a_worker_that_does_otherwise_is_found_out(lent, broken, message):
+    broken(lent.server.worker)
+    for word in range(3, 9):
+        lent.add([word] * 28, 4)
+    with pytest.raises(AssertionError, match=message):
+        lent.drain()
+
+
 def test_a_request_that_would_wait_is_admitted_in_the_same_step(lent):
     before = lent.ledger.lent
     for word in range(3, 6):
@@ -296,7 +329,7 @@ def test_a_new_process_starts_from_nothing_lent(lent, config):
 
 def test_schedulers_that_lend_nothing_are_left_alone(config):
     scheduler = scheduling.make_scheduler(config(False), NUM_BLOCKS)
-    server = scheduling.Server(scheduler, BOUNDARY)
+    server = scheduling.Server(scheduler, replace(BOUNDARY, least_increments=0))
     for word in range(8):
         server.add([word] * 20, 20)
     while server.busy:
