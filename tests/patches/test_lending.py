@@ -289,6 +289,29 @@ def test_a_fixed_split_stays(config):
     assert (confirmed.number, confirmed.increments) == (1, 5)
 
 
+@pytest.mark.parametrize("watermark", [0.0, 0.1])
+def test_the_longest_sequence_fits_beside_all_that_can_be_lent(checkpoint, watermark):
+    """What vLLM has checked at its start stays true, although it did not know of a boundary."""
+    config = scheduling.make_config(
+        checkpoint("mixtral"), max_model_len=MAX_LEN, overlap=False, watermark=watermark
+    )
+    longest = MAX_LEN // scheduling.BLOCK_SIZE
+    tight = replace(
+        BOUNDARY, row_bytes=(4096,), floor_blocks=floor_blocks(NUM_BLOCKS, longest, watermark)
+    )
+    watched = Watched(config, FixedPolicy(tight.max_increments), boundary=tight)
+    # Less than an increment is left over.
+    spare = tight.first_block(tight.max_increments) - tight.floor_blocks
+    assert 0 <= spare * tight.block_bytes < tight.increment_bytes + tight.block_bytes
+    for word in (1, 2):
+        watched.added.append(watched.server.add([word] * (MAX_LEN - 20), 20))
+    for _ in range(4 * MAX_LEN):
+        watched.server.step()
+        watched.check()
+        assert watched.ledger.lent == tight.max_increments
+    assert sorted(watched.server.finished) == sorted(watched.added)
+
+
 def test_the_prefix_cache_can_be_reset_while_blocks_are_lent(lent):
     assert not lent.scheduler.reset_prefix_cache()
     lent.drain()
