@@ -12,9 +12,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import killed
 import pytest
 import sharing
-from cpu_settings import env
+from cpu_settings import env, llm_kwargs
 from served import engine, offloaded
 from sharing import check, core_of, poisoned_moves, prompts, serve, worker_of
 
@@ -23,6 +24,7 @@ from vllm_moe_offload.patches import lending
 SHAPE = {"num_experts": 16, "num_layers": 4}
 PROMPTS = prompts(16, 60)
 TOKENS = 90
+SIZES = {"block_size": 32, "kv_cache_memory_bytes": 8 << 20}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def layers_side_by_side():
 
 
 def settings(**options):
-    return {"block_size": 32, "kv_cache_memory_bytes": 8 << 20, **offloaded(**options)}
+    return {**SIZES, **offloaded(**options)}
 
 
 @contextmanager
@@ -156,6 +158,13 @@ def test_a_cache_that_was_discarded_holds_no_expert(fixed_answers, restless, sle
     answers = serve(restless, PROMPTS[:4], TOKENS)
     assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in fixed_answers[:4]]
     check(restless)
+
+
+def test_killed_under_load_and_started_again(path):
+    """With the default policy: nothing is left behind that a new engine would trip over."""
+    options = {**llm_kwargs("qwen3_moe"), **SIZES, "max_model_len": 256}
+    found = killed.run(path, options, env("qwen3_moe"))
+    killed.check(found)
 
 
 WORKERS = """
