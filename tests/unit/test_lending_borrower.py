@@ -1,13 +1,17 @@
 """The workers' half: slots, bytes and order, over real tables and a real buffer."""
 
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm_moe_offload.eviction import AdaptiveEviction
+from vllm_moe_offload.kernels.operations import TRITON
 from vllm_moe_offload.lending.borrower import Borrower
 from vllm_moe_offload.lending.boundary import Boundary
+from vllm_moe_offload.lending.lender import STALL_S, ZEROED_BYTES_PER_SECOND
 from vllm_moe_offload.lending.orders import Order, ProtocolError
 from vllm_moe_offload.lending.rows import borrowed_rows
 from vllm_moe_offload.residencies import Residencies
@@ -106,3 +110,29 @@ def test_a_layer_with_another_boundary_is_found_out():
     worker.residencies[1].first_open = 3
     with pytest.raises(AssertionError, match="another boundary"):
         worker.borrower.check_integrity()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be held up")
+def test_the_largest_move_of_a_step_holds_it_up_for_less_than_a_stall():
+    """Of 48 layers of Qwen3-30B-A3B's shape, from the first launch to the last zero."""
+    layers, row_bytes, device = 48, 9_437_184, torch.device("cuda")
+    increments = max(1, int(STALL_S * ZEROED_BYTES_PER_SECOND) // (layers * row_bytes))
+    block_bytes = 48 * 16 * 2 * 4 * 128 * 2
+    boundary = Boundary(
+        num_blocks=1 + -(-increments * layers * row_bytes // block_bytes), block_bytes=block_bytes,
+        row_bytes=(row_bytes,) * layers, floor_blocks=1, most_slots=increments,
+    )  # fmt: skip
+    buffer = torch.zeros(boundary.num_blocks * block_bytes, dtype=torch.int8, device=device)
+    eviction = AdaptiveEviction([128] * layers, [increments] * layers, device, TRITON)
+    residencies = Residencies([128] * layers, [increments] * layers, device, eviction, least_open=0)
+    traffic = SimpleNamespace(num_bytes=lambda: 0, bytes_per_second=0.0)
+    borrower, seconds = Borrower(boundary, buffer, residencies, traffic, lambda: None), []
+    for number in range(1, 60):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        borrower.follow(Order(number, increments * (number % 2)))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    borrower.check_integrity()
+    assert sorted(seconds[10:])[-5] < STALL_S, f"{sorted(seconds)[-5] * 1e3:.1f} ms"
