@@ -15,7 +15,7 @@ export PYTHON
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint
+.PHONY: help install demo test lint docs
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ lint: $(INSTALLED) ## Check style, types and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED) ## Write docs/options.md anew from the options' descriptions
+	$(BIN)/python docs/generate_options.py
 
 $(INSTALLED): pyproject.toml .ci/install .ci/cpu-overrides.txt
 	@.ci/install

@@ -234,8 +234,8 @@ def judge(case: Case, runs: dict[str, Any], control: dict[str, Any] | None) -> d
         "bit_identical": not any(to_first.values()),
         "same_schedule": all(run["schedule"] == first["schedule"] for run in runs.values()),
         "differences": {name: found for name, found in to_first.items() if found},
-        "tokens_equal_stock": _tokens(stock) == _tokens(first),
-        "max_logprob_difference_to_stock": _until_tokens_part(stock, first),
+        "tokens_equal_stock": tokens_of(stock) == tokens_of(first),
+        "max_logprob_difference_to_stock": until_tokens_part(stock, first),
         "engine": {name: run["facts"] for name, run in runs.items()},
     }
     if control is not None:
@@ -257,13 +257,14 @@ def judge(case: Case, runs: dict[str, Any], control: dict[str, Any] | None) -> d
     return row
 
 
-def _tokens(run: dict[str, Any]) -> list[int]:
+def tokens_of(run: dict[str, Any]) -> list[int]:
+    """All tokens of a run, one after the other."""
     return [
         token for requests in run["answers"].values() for steps in requests for token, _ in steps
     ]
 
 
-def _until_tokens_part(stock: dict[str, Any], mine: dict[str, Any]) -> float:
+def until_tokens_part(stock: dict[str, Any], mine: dict[str, Any]) -> float:
     """Largest difference of log-probabilities, of each request up to where the tokens part."""
     worst = 0.0
     for phase, requests in stock["answers"].items():
@@ -313,15 +314,7 @@ def cases(
 
 def main() -> int:
     """Run every case in processes of its own; the result file grows with each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", help="revision, where the tree has no repository")
-    parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=[], help="likewise")
-    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=[])
-    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(sys.argv[1:])
     if args.one:
         args.out.write_text(json.dumps(run_one(Case(*args.one[0].split(",")), args.one[1])))
         return 0
@@ -347,6 +340,19 @@ def main() -> int:
     return 0 if rows and all_passed else 1
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="revision, where the tree has no repository")
+    parser.add_argument("--families", nargs="*", default=[], help="only these; default all")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=[], help="likewise")
+    parser.add_argument("--dtypes", nargs="*", choices=("bfloat16", "float32"), default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "PART"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
 Outcome = tuple[int, dict[str, Any], str]
 """Exit code of a process, its runs, and the end of its log if it failed."""
 
@@ -365,7 +371,7 @@ def _row(case: Case, shares: Future[Outcome], control: Future[Outcome] | None) -
 LOG_TAIL = 1500
 
 
-def _what_failed(log: str) -> str:
+def what_failed(log: str) -> str:
     """The starts, the first errors and the end of a log."""
     lines = log.splitlines()
     errors = [line for line in lines if "rror" in line and "previous" not in line][:12]
@@ -399,7 +405,7 @@ def _in_a_process(case: Case, part: str) -> Outcome:
             ).returncode
         text = log.read_text(errors="replace")
         print(f"{','.join(case)} {part}: exit status {code}", flush=True)
-        return code, json.loads(out.read_text()) if code == 0 else {}, _what_failed(text)
+        return code, json.loads(out.read_text()) if code == 0 else {}, what_failed(text)
 
 
 if __name__ == "__main__":

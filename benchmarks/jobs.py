@@ -103,7 +103,9 @@ def rounds(jobs: Sequence[Job], memory: Memory) -> list[list[Job]]:
 
 
 def needs(job: Job) -> tuple[int, int]:
-    """Bytes of the GPU and of the host that a job takes, roughly."""
+    """Bytes of the GPU and of the host that a job takes, roughly, or as it says itself."""
+    if "needs" in job:
+        return tuple(job["needs"])
     experts = SHAPES[job["shape"]].pool_bytes
     if job["kind"] == "resolve":
         return experts // SHAPES[job["shape"]].moe_layers + GIB, GIB

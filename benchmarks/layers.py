@@ -250,11 +250,7 @@ def main() -> int:
     """Measure everything and write one file."""
     from machine import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", help="revision, where the tree has no repository")
-    parser.add_argument("--layers", type=int, default=16)
-    args = parser.parse_args()
+    args = parse(sys.argv[1:])
 
     result: dict[str, Any] = provenance(args.commit)
     rates = [copy_rate()]
@@ -295,6 +291,15 @@ def main() -> int:
         row["of_max_bound"] = max(resident, bound) / row["seconds"]
     args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
     return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="revision, where the tree has no repository")
+    parser.add_argument("--layers", type=int, default=16)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,62 @@
 """The suite ``prediction``: eviction and predictors on replayed routing, against stock vLLM.
 
+    python benchmarks/run.py --suite prediction --together 3 --trace TRACE.npz --out FILE
+
+With ``--learned OTHER.npz`` predictors know another trace of the model from before.
+
 Every token that the model runs is routed as a token of a trace, each sequence of a batch along its
-own stretch of it. The router's own weights are random then, so ``gate`` guesses at random here: it
-shows what useless guesses cost, not what a gate finds.
+own stretch of it. A shape of fewer layers follows the trace's first ones. One server has all
+engines in turn, over one host pool, and each begins with empty slots at the trace's first token:
+all take the very same steps. The router's own weights are random, so ``gate`` guesses at random: it
+shows what useless guesses cost, not what a gate finds. To judge that, routing is uniform as well.
 """
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
+import jobs
 from shapes import SHAPES
 from suites import cpu_offload, decode, plugin
 
+SERVER = Path(__file__).with_name("prediction_server.py")
+
 SHARES = (0.25, 0.5)
-BATCHES = (1, 8, 32)
 MIB = 1 << 20
 
-CONTROL_STEPS = 512
-"""Steps after which ``prefetch_mb=auto`` has decided."""
+STEPS = {1: (64, 48), 8: (8, 8), 32: (4, 6)}
+"""By batch: steps of warm-up, in which policies and predictors learn, and steps that count."""
+
+FEW_STEPS = {1: (4, 3), 8: (2, 2), 32: (1, 2)}
+"""The same where it is only tried out."""
+
+STOCK_STEPS = (3, 6)
+"""vLLM's own offloading keeps the same layers in every step."""
+
+QUICK_S, EXACT_S = 3.0, 12.0
+"""For how long batch 1 is repeated: host noise shows there. Longer where a percent is judged."""
 
 MAX_TOKENS = 1024
 """Of a sequence: more than any is decoded here."""
 
+WHOLE = "all in slots"
+"""The engine that moves nothing: its steps take what the computation takes."""
+
+PLAIN, RECORDED = "adaptive 0.25", "adaptive 0.25, recorded"
+UNIFORM, USELESS = "adaptive 0.25, uniform routing", "gate auto 0.25, uniform routing"
+
 STOCK_TARGET = 2.5
-"""Times stock vLLM's rate at batch 1 with a quarter in slots."""
+"""Times stock vLLM's rate at batch 1 with a quarter in slots, on a trace of Qwen3."""
 
 USELESS_TARGET = 1.02
 """Times the step without a predictor, for useless guesses."""
 
+RECORDED_TARGET = 1.01
+"""Times the step without a recorder at batch 1."""
+
 Job = dict[str, Any]
+Row = dict[str, Any]
 
 
 def shape_of(path: Path) -> str:
@@ -41,79 +70,220 @@ def shape_of(path: Path) -> str:
     return next(found)
 
 
-def prediction(name: str, options: dict[str, Any], path: str = "") -> list[Job]:
-    """Each eviction policy, each predictor, and stock vLLM, at the same shares.
+def prediction(
+    name: str, options: dict[str, Any], path: str = "", learned: str | None = None
+) -> list[Job]:
+    """Stock vLLM at the same shares, and the server whose engines are exchanged.
+
+    The latter comes last: all experts are in slots once, for which the others must have ended.
 
     Args:
-        name: a shape with as many layers and choices as the trace.
+        name: a shape with as many choices as the trace, and no more layers.
         options: of the plugin, in all configurations.
         path: the trace.
+        learned: another trace of the model, which predictors know from before.
     """
-    tiny = name.startswith("tiny")
-    steps = 4 if tiny else 24
-    plans = [decode(batch, steps, 8 if tiny else 64) for batch in BATCHES]
-    alone = [decode(1, steps if tiny else 128, CONTROL_STEPS)]
-    one = {"prefetch_mb": SHAPES[name].expert_bytes * (2 if tiny else 1) / MIB}
-    jobs = []
-    for share in SHARES:
-        asked = [
-            (f"lru {share}", plans, _policy("lru")),
-            (f"adaptive {share}", plans, _policy("adaptive")),
-            *((f"{p} {share}", plans, {"predictor": p, **one}) for p in ("markov", "eam", "gate")),
-        ]
-        if share == min(SHARES):
-            asked += [
-                (f"none, one sequence {share}", alone, {}),
-                *((f"{p} auto {share}", alone, {"predictor": p}) for p in ("markov", "gate")),
-            ]
-        jobs += [
-            {**plugin(share, name, wanted, {**options, **special}), "name": label}
-            for label, wanted, special in asked
-            if special is not None
-        ]
-        jobs.append(cpu_offload(share, name, [decode(batch, 6, 3) for batch in BATCHES]))
-    for job in jobs:
+    found = engines(name, options)
+    batches = [plan for run in found[0]["runs"] for plan in run["measurements"]]
+    ours = plugin(SHARES[0], name, batches, options)
+    ours["settings"]["moe_offload"] = found[0]["options"]
+    stock = [decode(batch, STOCK_STEPS[1], STOCK_STEPS[0]) for batch in STEPS]
+    asked = [
+        *({**cpu_offload(share, name, stock), "kind": "replay"} for share in SHARES),
+        {**ours, "name": "plugin", "kind": "compare", "engines": found, "until": float("inf")},
+    ]
+    for job in asked:
         job["settings"]["max_model_len"] = MAX_TOKENS
-    return [{**job, "kind": "replay", "trace": path} for job in jobs]
+    return [{**job, "trace": path, "learned": learned} for job in asked]
 
 
-def _policy(name: str) -> dict[str, Any] | None:
-    """Options of an eviction policy; None where there is no choice of it."""
-    from vllm_moe_offload.config import MoeOffloadConfig
+def engines(name: str, options: dict[str, Any]) -> list[Job]:
+    """Engines in the order of what must not be missing if time runs out."""
+    tiny = name.startswith("tiny")
+    one = {"prefetch_mb": SHAPES[name].expert_bytes * (2 if tiny else 1) / MIB}
+    policies = {p: {"policy": p} for p in ("lru", "adaptive")}
+    predictors = {p: {"predictor": p, **one} for p in ("markov", "eam", "gate")}
+    settle = 8 if tiny else steps_to_decide()
 
-    if "policy" in MoeOffloadConfig.model_fields:
-        return {"policy": name}
-    return {} if name == "lru" else None
+    def engine(label: str, share: float, special: Job, *runs: Job, records: bool = False) -> Job:
+        chosen = {"cache_fraction": share, "stats_interval_s": 0, **options, **special}
+        runs = runs or (_run(label, tiny),)
+        return {"name": label, "share": share, "options": chosen, "runs": runs, "records": records}
+
+    quarter, half = SHARES
+    ours = [engine(f"{p} {quarter}", quarter, o) for p, o in policies.items()]
+    ours[-1]["runs"] = (_run(PLAIN, tiny, EXACT_S), _run(UNIFORM, tiny, EXACT_S, uniform=True))
+    ours += [engine(f"{p} {half}", half, o) for p, o in policies.items()]
+    ours += [engine(f"{p} {quarter}", quarter, o) for p, o in predictors.items()]
+    ours += [
+        engine(RECORDED, quarter, {}, _run(RECORDED, tiny, EXACT_S), records=True),
+        engine(
+            USELESS, quarter, {"predictor": "gate"},
+            _run(USELESS, tiny, EXACT_S, uniform=True, settle=settle),
+        ),
+        engine(
+            f"markov auto {quarter}", quarter, {"predictor": "markov"},
+            _run(f"markov auto {quarter}", tiny, settle=settle),
+        ),
+    ]  # fmt: skip
+    ours += [engine(f"{p} {half}", half, o) for p, o in predictors.items()]
+    return [*ours, engine(WHOLE, 1.0, {}, _run(WHOLE, tiny, fills=True))]
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def steps_to_decide() -> int:
+    """Steps after which ``prefetch_mb=auto`` has decided for the first time."""
+    from vllm_moe_offload import prefetch_control as control
+
+    return control.LEARNING_STEPS + control.STEPS_OF_TRIAL + control.TURN
+
+
+def _run(
+    label: str,
+    tiny: bool,
+    seconds: float = QUICK_S,
+    *,
+    uniform: bool = False,
+    settle: int = 0,
+    fills: bool = False,
+) -> Job:
+    """One pass over all batches; the first begins anew, the others go on with what it has left."""
+    plans = [
+        {
+            **decode(batch, steps, warm_up),
+            "anew": batch == 1,
+            "repeat_seconds": seconds if batch == 1 and not tiny else 0.0,
+        }
+        for batch, (warm_up, steps) in (FEW_STEPS if tiny else STEPS).items()
+    ]
+    about = {"name": label, "uniform": uniform, "settle": settle, "fills": fills}
+    return {**about, "measurements": plans}
+
+
+def names(asked: list[Job]) -> list[str]:
+    """Of all configurations: servers of one engine, and engines."""
+    return [part["name"] for job in asked for part in job.get("engines", [job])]
+
+
+def only(asked: list[Job], wanted: list[str] | None) -> list[Job]:
+    """The same jobs with nothing but these configurations; None for all."""
+    if not wanted:
+        return asked
+    kept = [
+        {**job, "engines": [e for e in job["engines"] if e["name"] in wanted]}
+        if "engines" in job else job
+        for job in asked
+    ]  # fmt: skip
+    return [job for job in kept if job.get("engines") or job["name"] in wanted]
+
+
+def measure(
+    out: Path,
+    asked: list[Job],
+    origin: dict[str, Any],
+    *,
+    together: int = 1,
+    minutes: float | None = None,
+    fresh: bool = True,
+) -> dict[str, Any]:
+    """Run the suite; the file holds what there is after each process.
+
+    Args:
+        out: where the result goes.
+        asked: jobs of this suite.
+        origin: where and of what the result is.
+        together: servers that start at once; one is measured.
+        minutes: no engine begins later than that, counted from now.
+        fresh: whether what the file holds of other configurations is left out.
+    """
+    jobs.SCRIPT = str(SERVER)
+    start = time.monotonic()
+    for job in asked:
+        job["until"] = time.time() + 60 * minutes if minutes else 1e12
+    earlier = {} if fresh or not out.exists() else json.loads(out.read_text())
+    again = {*names(asked), *(job["name"] for job in asked)}
+    processes, rows = (
+        [entry for entry in earlier.get(part, []) if entry["configuration"] not in again]
+        for part in ("processes", "rows")
+    )
+    result: dict[str, Any] = {}
+    for done in jobs.run_all(asked, jobs.Memory.of_this_machine(together)):
+        rows += done.pop("rows")
+        processes.append(done)
+        state = "done" if done["exit"] == 0 else f"FAILED ({done['exit']})\n{done['log']}"
+        print(f"[{time.monotonic() - start:4.0f} s] {done['configuration']}: {state}", flush=True)
+        judged = set_beside(rows)
+        result = {
+            **origin,
+            "suite": "prediction",
+            "trace": Path(asked[0]["trace"]).stem,
+            "learned": asked[0]["learned"] and Path(asked[0]["learned"]).stem,
+            "copy_gb_s": [p["copy_gb_s"] for p in processes if p["copy_gb_s"]],
+            "shapes": {job["shape"]: SHAPES[job["shape"]].as_dict() for job in asked},
+            "targets": verdicts(judged),
+            "rows": judged,
+            "processes": processes,
+        }
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def set_beside(rows: list[Row]) -> list[Row]:
+    """Give rows their rate over stock vLLM's, and the share of their transfers that is hidden.
+
+    A step takes as long as its computation, known from the engine that moves nothing, and its
+    transfers where they are not hidden. What transfers take was measured when the engine started.
+    """
+    computed = {row["batch"]: row["seconds"] for row in rows if row["configuration"] == WHOLE}
+    stock = {(r["share"], r["batch"]): r["seconds"] for r in rows if r["server"] == "cpu-offload"}
+    judged = []
+    for row in rows:
+        new = dict(row)
+        base, transfer = computed.get(row["batch"]), row.get("transfer_seconds")
+        if base is not None and transfer:
+            hidden = (base + transfer - row["seconds"]) / transfer
+            new["hidden"] = min(1.0, max(0.0, hidden))
+        offloaded = stock.get((row["share"], row["batch"]))
+        if row["server"] == "plugin" and offloaded is not None and not row["uniform"]:
+            new["of_stock"] = offloaded / row["seconds"]
+        judged.append(new)
+    return judged
+
+
+def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
     """What the suite promises, from the rows that were measured."""
-    seconds = {
-        row["configuration"]: row["seconds"]
-        for row in rows
-        if row.get("case") == "decode" and row["batch"] == 1
+    seconds = {(row["configuration"], row["batch"]): row["seconds"] for row in rows}
+
+    def ratio(of: str, to: str, batch: int) -> float | None:
+        pair = seconds.get((of, batch)), seconds.get((to, batch))
+        return None if None in pair else pair[0] / pair[1]  # type: ignore[operator]
+
+    useless = {f"batch {batch}": ratio(USELESS, UNIFORM, batch) for batch in STEPS}
+    found = [
+        _at_most(USELESS_TARGET, "useless guesses (uniform routing, auto)", "without", useless),
+        _at_most(RECORDED_TARGET, "recorder", "without", {"batch 1": ratio(RECORDED, PLAIN, 1)}),
+    ]
+    if any("qwen3" in row["shape"] for row in rows):
+        found.insert(0, _against_stock(rows))
+    return found
+
+
+def _against_stock(rows: list[Row]) -> dict[str, Any]:
+    policies = [row for row in rows if row["configuration"] in (PLAIN, "lru 0.25")]
+    values = {r["configuration"]: r["of_stock"] for r in policies if r["batch"] == 1 and
+              "of_stock" in r}  # fmt: skip
+    return {
+        "case": "batch 1, a quarter in slots, against stock --cpu-offload-gb",
+        "target": f"at least {STOCK_TARGET} times as fast",
+        "values": values,
+        "passed": max(values.values()) >= STOCK_TARGET if values else None,
     }
 
-    def ratio(of: str, to: str) -> float | None:
-        return seconds[of] / seconds[to] if of in seconds and to in seconds else None
 
-    best = min((name for name in ("lru 0.25", "adaptive 0.25") if name in seconds),
-               key=lambda name: seconds[name], default="lru 0.25")  # fmt: skip
-    faster = ratio("cpu-offload 0.25", best)
-    share = min(SHARES)
-    costs = {f"share {share}": ratio(f"gate auto {share}", f"none, one sequence {share}")}
-    known = [cost for cost in costs.values() if cost is not None]
-    return [
-        {
-            "case": "batch 1, a quarter in slots, against stock",
-            "target": f"at least {STOCK_TARGET} times as fast",
-            "values": {best: faster},
-            "passed": None if faster is None else faster >= STOCK_TARGET,
-        },
-        {
-            "case": "useless guesses, auto, batch 1",
-            "target": f"at most {USELESS_TARGET} of a step without",
-            "values": costs,
-            "passed": None if not known else max(known) <= USELESS_TARGET,
-        },
-    ]
+def _at_most(
+    limit: float, case: str, beside: str, values: dict[str, float | None]
+) -> dict[str, Any]:
+    known = [value for value in values.values() if value is not None]
+    failed = any(value > limit for value in known)
+    passed = False if failed else True if known and len(known) == len(values) else None
+    target = f"at most {limit} of a step {beside}"
+    return {"case": case, "target": target, "values": values, "passed": passed}

@@ -131,7 +131,7 @@ QUANT_SHAPES: dict[str, QuantShape] = {
         bits_per_weight=8 + 32 / 128**2,
     ),
     "qwen3-30b-a3b-16-w4a16": QuantShape(
-        *_QWEN, quantization=_w4a16(128), backends=("auto",),
+        *_QWEN, quantization=_w4a16(128), backends=("auto", "triton"),
         bits_per_weight=4 + 16 / 128,
     ),
     "gpt-oss-120b-12-mxfp4": GptOssShape(

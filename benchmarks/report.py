@@ -64,6 +64,49 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def comparison_table(rows: Sequence[dict[str, Any]]) -> Cells:
+    """Engines over the same steps, the head first."""
+    head = ["configuration", "batch", "ms", "tokens/s", "of stock", "hits", "ahead", "covered",
+            "GB moved", "GB/s", "hidden"]  # fmt: skip
+    return [head] + [_compared(row) for row in rows]
+
+
+def _compared(row: dict[str, Any]) -> list[str]:
+    moved, hits = row.get("bytes"), row.get("hit_ratio")
+    return [
+        row["configuration"],
+        str(row["batch"]),
+        f"{row['seconds'] * 1e3:.2f}",
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['of_stock']:.2f} x" if "of_stock" in row else "",
+        "" if hits is None else f"{hits:.3f}",
+        f"{row['ahead_ratio']:.3f}" if row.get("ahead_ratio") else "",
+        f"{row['coverage']:.3f}" if row.get("coverage") else "",
+        "" if moved is None else f"{moved / 1e9:.3f}",
+        "" if not moved else f"{moved / row['seconds'] / 1e9:.1f}",
+        f"{row['hidden']:.0%}" if "hidden" in row else "",
+    ]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What was replayed, and what engines have said of themselves, as a list of Markdown."""
+    if result.get("suite") != "prediction":
+        return []
+    known = result["learned"] or "nothing"
+    about = [
+        f"- {result['trace']} in {shape['num_layers']} layers; before it predictors knew {known}."
+        for shape in result["shapes"].values()
+    ]
+    said = {(r["configuration"], line): None for r in result["rows"] for line in r.get("said", [])}
+    return ["", *about, *(f"- {configuration}: {line}" for configuration, line in said)]
+
+
+def rows_of(result: dict[str, Any]) -> Cells:
+    """The rows of a result, in the table of its suite."""
+    table = comparison_table if result.get("suite") == "prediction" else row_table
+    return table(result["rows"])
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.2f}"
 
@@ -83,7 +126,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(markdown_table(target_table(result["targets"])) if result["targets"] else []),
         "",
-        *markdown_table(row_table(result["rows"])),
+        *markdown_table(rows_of(result)),
+        *notes(result),
     ]
     if failed := failures(result["processes"]):
         lines += ["", "Failed: " + "; ".join(failed)]
@@ -101,7 +145,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(width=160)
-    for cells in (row_table(result["rows"]), target_table(result["targets"])):
+    for cells in (rows_of(result), target_table(result["targets"])):
         if len(cells) > 1:
             console.print(terminal_table(cells))
     for line in failures(result["processes"]):

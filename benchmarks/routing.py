@@ -53,6 +53,35 @@ class UniformOverSome:
         return _equal_weights(ids_TK), ids_TK.to(indices_type or torch.int32)
 
 
+class Skewed:
+    """Expert ``e`` of a layer with a probability that falls with ``(1 + e) ** -exponent``.
+
+    Without replacement, drawn anew in every step: the largest of the logarithms plus noise after
+    Gumbel.
+
+    Args:
+        exponent: 0 for uniform routing.
+    """
+
+    def __init__(self, exponent: float = 0.8) -> None:
+        self._exponent = exponent
+
+    def route_tokens(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        top_k: int,
+        indices_type: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights float32 and ids [T, K]."""
+        (tokens, experts), device = router_logits.shape, router_logits.device
+        noise = -torch.log(-torch.log(torch.rand(tokens, experts, device=device)))
+        rank = torch.arange(1, experts + 1, device=device, dtype=torch.float32)
+        scores = noise - self._exponent * rank.log()
+        ids_TK = scores.topk(top_k, dim=-1).indices
+        return _equal_weights(ids_TK), ids_TK.to(indices_type or torch.int32)
+
+
 class TraceReplay:
     """The ids of a trace, one token of it for every token that the model runs.
 
@@ -68,6 +97,7 @@ class TraceReplay:
     def __init__(self, ids_NLK: Tensor, *, spread: bool = False) -> None:
         self._spread = spread
         self._ids_LNK = ids_NLK.transpose(0, 1).contiguous()
+        self._trace_LNK = self._ids_LNK.clone()
         self._position: Tensor | None = None
         self._step_tokens = 0
         self._layer = 0
@@ -76,6 +106,23 @@ class TraceReplay:
         """Let the next step begin with the first token of the trace."""
         if self._position is not None:
             self._position.zero_()
+
+    def scramble(self, seed: int | None) -> None:
+        """Replace the trace by uniform routing of as many tokens, the same for a seed; or restore.
+
+        Args:
+            seed: None for the trace itself.
+        """
+        ids_LNK = self._trace_LNK
+        if seed is not None:
+            drawn = torch.Generator().manual_seed(seed)
+            layers, tokens, choices = ids_LNK.shape
+            experts = int(ids_LNK.max()) + 1
+            ids_LNK = torch.rand(layers, tokens, experts, generator=drawn).topk(choices).indices
+        if self._position is None:
+            self._ids_LNK = ids_LNK.to(self._ids_LNK.dtype, copy=True)
+        else:
+            self._ids_LNK.copy_(ids_LNK)  # A captured graph reads from here.
 
     @property
     def position(self) -> int:

@@ -9,7 +9,8 @@ its default compilation and CUDA graphs, against the table of targets. ``growth`
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
 ``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit.
 ``prediction``: policies and predictors on replayed routing, against stock vLLM. ``quant``:
-quantised experts beside stock vLLM's backends; ``--only`` names its shapes. Every
+quantised experts beside stock vLLM's backends; ``--only`` names its shapes. ``budget``: experts
+and KV cache in one budget, against splits that are made once. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
 share their processes. The file is written after each process; ``--only`` measures some of them
@@ -52,8 +53,8 @@ def main() -> int:
     if args.plot:
         print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
         return 0
-    if args.suite == ["quant"]:
-        return quantised(args)
+    if args.suite[0] in ALONE:
+        return ALONE[args.suite[0]](args)
     jobs = united([job for name in args.suite for job in planned(name, args)])
     if args.list:
         print(*(job["name"] for job in jobs), sep="\n")
@@ -84,12 +85,47 @@ def quantised(args: argparse.Namespace) -> int:
     return 1 if failed or report.failures(result["processes"]) else 0
 
 
+def shared_budget(args: argparse.Namespace) -> int:
+    """Measure the suite of the shared budget, which has shapes and judges of its own."""
+    import budget
+    from machine import provenance
+
+    real, tiny = budget.BUDGET_SHAPES
+    result = budget.measure(
+        args.out, tiny if args.shape == "tiny" else real, args.option, provenance(args.commit),
+        only=args.only, together=args.together,
+    )  # fmt: skip
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
+def predicted(args: argparse.Namespace) -> int:
+    """Measure the suite of policies and predictors, which has engines and judges of its own."""
+    from machine import provenance
+
+    shape = args.shape or prediction.shape_of(args.trace)
+    learned = args.learned and str(args.learned.resolve())
+    asked = prediction.prediction(shape, args.option, str(args.trace.resolve()), learned)
+    if args.list:
+        print(*prediction.names(asked), sep="\n")
+        return 0
+    result = prediction.measure(
+        args.out, prediction.only(asked, args.only), provenance(args.commit),
+        together=args.together, minutes=args.minutes, fresh=not args.only,
+    )  # fmt: skip
+    report.show(result)
+    failed = [v for v in result["targets"] if v["passed"] is False]
+    return 1 if failed or report.failures(result["processes"]) else 0
+
+
+ALONE = {"quant": quantised, "budget": shared_budget, "prediction": predicted}
+"""Suites that run alone."""
+
+
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Jobs of a suite, on the shape that was asked for or on the suite's own."""
     shape = args.shape or DEFAULT_SHAPES.get(suite, "qwen3-30b-a3b-16")
-    if suite == "prediction":
-        shape = args.shape or prediction.shape_of(args.trace)
-        return prediction.prediction(shape, args.option, str(args.trace.resolve()))
     if suite == "trace":
         return trace(shape, args.option, str(args.trace.resolve()), args.trace_tokens)
     return SUITES[suite](shape, args.option)
@@ -99,7 +135,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--suite", nargs="+", choices=[*SUITES, *OF_TRACES, "quant"], default=["engine"]
+        "--suite", nargs="+", choices=[*SUITES, "trace", *ALONE], default=["engine"]
     )
     parser.add_argument("--shape", choices=SHAPES, help="another model than the suite's own")
     parser.add_argument("--out", type=Path, help="file of the results")
@@ -125,12 +161,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=2, help="servers that start at once; one is measured"
     )
+    parser.add_argument(
+        "--minutes", type=float, help="the suite prediction begins no engine later than that"
+    )
     parser.add_argument("--trace", type=Path, help="file that a suite of traces replays")
+    parser.add_argument("--learned", type=Path, help="another trace, which predictors know")
     parser.add_argument("--trace-tokens", type=int, default=512, help="how much of it")
     args = parser.parse_args(arguments)
     args.option = dict(args.option)
-    if "quant" in args.suite and args.suite != ["quant"]:
-        parser.error("the suite quant runs alone")
+    alone = [suite for suite in args.suite if suite in ALONE]
+    if alone and len(args.suite) > 1:
+        parser.error(f"the suite {alone[0]} runs alone")
     needing = [suite for suite in args.suite if suite in OF_TRACES]
     if needing and not (args.trace or args.render or args.plot):
         parser.error(f"the suite {needing[0]} needs --trace")
@@ -183,8 +224,6 @@ def _targets(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[
     if "engine" in args.suite:
         shape = args.shape or "qwen3-30b-a3b-16"
         found += verdicts([row for row in rows if row["shape"] == shape], chunk_of(shape))
-    if "prediction" in args.suite:
-        found += prediction.verdicts(rows)
     if "trace" in args.suite:
         found.append(same_hits(rows, simulated_hits(args.trace, args.trace_tokens)))
     return found

@@ -19,6 +19,7 @@ class Shape:
     kv_heads: int
     head_dim: int = 128
     vocabulary: int = 151_936
+    positions: int = 65_536
 
     @property
     def moe_layers(self) -> int:
@@ -68,7 +69,7 @@ class Shape:
             "moe_intermediate_size": self.intermediate,
             "num_attention_heads": self.heads,
             "vocab_size": self.vocabulary,
-            "max_position_embeddings": 65_536,
+            "max_position_embeddings": self.positions,
             "rope_theta": 1_000_000.0,
             "rms_norm_eps": 1e-6,
             "hidden_act": "silu",
@@ -116,6 +117,7 @@ class LatentShape(Shape):
 
 
 SHAPES: dict[str, Shape] = {
+    "qwen3-30b-a3b-8": Shape(8, 128, 8, 2048, 768, 32, 4),
     "qwen3-30b-a3b-16": Shape(16, 128, 8, 2048, 768, 32, 4),
     "qwen3-30b-a3b": Shape(48, 128, 8, 2048, 768, 32, 4),
     # With as many choices as its recorded trace has.

@@ -120,9 +120,6 @@ def profiled(asked: Job, case: str, size: int, path: str) -> Job:
 def decode(batch: int, steps: int, warm_up: int = 8, *, confined: int | None = None) -> Plan:
     """Decode steps of so many sequences; routing is confined to the first experts if asked."""
     plan = {"case": "decode", "batch": batch, "steps": steps, "warm_up": warm_up}
-    if batch <= 8:
-        # Steps of a few milliseconds, which the host's moods lengthen by a half.
-        plan["repeats"] = 5 if batch == 1 else 3
     return plan if confined is None else {**plan, "confined": confined}
 
 

@@ -11,157 +11,170 @@ import triton
 import triton.language as tl
 
 from vllm_moe_offload.kernels._activation_triton import activate
+from vllm_moe_offload.kernels._decode_triton import (
+    code_scale,
+    e4m3,
+    minus_zeros,
+    nibbles,
+    over_terms,
+    scale_as,
+    uint8,
+)
 from vllm_moe_offload.kernels._expert_mlp_triton import _tile_of
-
-_E4M3_MAX = tl.constexpr(448.0)
-
-
-@triton.jit
-def _to_e4m3(x, ROUND: tl.constexpr):
-    """Round float32 to e4m3, to nearest and ties to even."""
-    x = tl.minimum(tl.maximum(x, -_E4M3_MAX, tl.PropagateNan.ALL), _E4M3_MAX, tl.PropagateNan.ALL)
-    if ROUND:
-        # Triton's interpreter cuts off instead. Three bits of mantissa stay; below 2^-6 the
-        # steps are of 2^-9, where adding 1.5 2^14 lets float32 round.
-        bits = x.to(tl.uint32, bitcast=True)
-        kept = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-        small = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, small, kept.to(tl.float32, bitcast=True))
-    return x.to(tl.float8e4nv)
+from vllm_moe_offload.kernels._quantise_triton import group_factor, quotient, to_e4m3
 
 
 @triton.jit
-def quantise_rows_kernel(
-    x, x_stride, q, scale, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Give every GROUP values of a row their scale; one program a row and group."""
-    row = tl.program_id(0).to(tl.int64)
-    _quantise(
-        x + row * x_stride, q + row * WIDTH, scale + row * tl.num_programs(1), tl.program_id(1),
-        WIDTH, GROUP, BLOCK, LEAST, OF_MAXIMUM, ROUND,
-    )  # fmt: skip
-
-
-@triton.jit
-def quantise_pairs_kernel(
-    x, q, scale, sorted_pair, expert_of_block, num_blocks, row_of_E, num_pairs,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
-    OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Do the same with the rows of the pairs that have just been computed."""
-    place = tl.program_id(0)
-    if place >= tl.load(num_blocks) * BLOCK_M:
-        return
-    if tl.load(row_of_E + tl.load(expert_of_block + place // BLOCK_M)) < 0:
-        return
-    pair = tl.load(sorted_pair + place).to(tl.int64)
-    if pair >= num_pairs:
-        return
-    _quantise(
-        x + pair * WIDTH, q + pair * WIDTH, scale + pair * tl.num_programs(1), tl.program_id(1),
-        WIDTH, GROUP, BLOCK, LEAST, OF_MAXIMUM, ROUND,
-    )  # fmt: skip
-
-
-@triton.jit
-def _quantise(
-    x, q, scale, group, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr, OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    offset = tl.arange(0, BLOCK)
-    column = group * GROUP + offset
-    inside = (offset < GROUP) & (column < WIDTH)
-    values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values))
-    if OF_MAXIMUM:
-        factor = tl.maximum(largest, LEAST) * (1.0 / _E4M3_MAX)
-    else:
-        factor = tl.maximum(largest * (1.0 / _E4M3_MAX), LEAST)
-    tl.store(scale + group, factor)
-    tl.store(q + column, _to_e4m3(tl.div_rn(values, factor), ROUND), mask=inside)
-
-
-@triton.jit
-def _code_scale(raw):
-    """Turn stored scales into float32; bytes are powers of two (E8M0)."""
-    if raw.dtype == tl.uint8:
-        exponent = raw.to(tl.uint32)
-        # 2^-127 is below the normal range, and 255 stands for NaN.
-        bits = tl.where(exponent == 0, 0x400000, exponent << 23)
-        bits = tl.where(exponent == 255, 0x7FC00000, bits)
-        scale = bits.to(tl.float32, bitcast=True)
-    else:
-        scale = raw.to(tl.float32)
-    return scale
-
-
-@triton.jit
-def _e2m1(code, dtype: tl.constexpr):
-    """Decode 4-bit floats: sign, two bits of exponent with bias 1, one bit of mantissa."""
-    MANTISSA: tl.constexpr = dtype.fp_mantissa_width
-    WIDTH: tl.constexpr = dtype.primitive_bitwidth
-    HALF: tl.constexpr = (dtype.exponent_bias - 1) << MANTISSA
-    word: tl.constexpr = tl.uint32 if WIDTH == 32 else tl.uint16
-    code = code.to(word)
-    magnitude = code & 7
-    # 0.5 is the only value below the normal range.
-    bits = tl.where(magnitude > 1, (magnitude << (MANTISSA - 1)) + HALF, magnitude * HALF)
-    return (bits | ((code & 8) << (WIDTH - 4))).to(dtype, bitcast=True)
-
-
-@triton.jit
-def _e4m3(code):
-    """Decode 8-bit floats of weights to float32 on machines that have none."""
-    code = code.to(tl.uint32)
-    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
-    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-
-
-@triton.jit
-def _tile(
-    codes, code_stride, zero, zero_stride, scale, scale_stride, column, first,
+def _single_codes(
+    codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Decode BLOCK_N columns and BLOCK_K terms to ``dtype``, with scales finer than BLOCK_K."""
-    BLOCK_N: tl.constexpr = column.shape[0]
-    MASKED: tl.constexpr = TERMS % BLOCK_K != 0
-    PACKED: tl.constexpr = 1 if ELEMENTS == "uint8" or ELEMENTS == "e4m3" else 2  # noqa: PLR1714
-    byte = first // PACKED + tl.arange(0, BLOCK_K // PACKED)
-    pointers = codes + (column * code_stride)[:, None] + byte[None, :]
-    if MASKED:
-        raw = tl.load(pointers, mask=(byte < TERMS // PACKED)[None, :], other=0)
+    """Decode a tile of bytes [BLOCK_K, BLOCK_N] to ``dtype``, with scales finer than BLOCK_K."""
+    term = first + tl.arange(0, BLOCK_K)
+    if TERMS % BLOCK_K == 0:
+        raw = tl.load(codes_of_column[None, :] + term[:, None])
     else:
-        raw = tl.load(pointers)
-    if PACKED == 2:
-        raw = tl.join(raw & 0xF, raw >> 4).reshape(BLOCK_N, BLOCK_K)
-    FINE: tl.constexpr = SCALE_TERMS < BLOCK_K
-    GROUPS: tl.constexpr = BLOCK_K // SCALE_TERMS if FINE else 1
-    group = first // SCALE_TERMS + tl.arange(0, GROUPS)
-    if ELEMENTS == "e2m1":
-        values = _e2m1(raw, dtype)
-    elif ELEMENTS == "e4m3":
-        values = _e4m3(raw)
+        raw = tl.load(codes_of_column[None, :] + term[:, None], (term < TERMS)[:, None], 0)
+    if ELEMENTS == "e4m3":
+        values = e4m3(raw)
     elif zero is None:
-        values = (raw.to(tl.int32) - ZERO).to(dtype)
+        values = uint8(raw) - ZERO
     else:
+        points_GN = _per_group(zero, column * zero_stride, first, SCALE_TERMS, TERMS, BLOCK_K)
+        values = uint8(raw) - over_terms(uint8(points_GN), BLOCK_K // points_GN.shape[0])
+    if SCALE_TERMS < BLOCK_K:
+        row = column // SCALE_ROWS * scale_stride
+        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
+        values *= over_terms(code_scale(factors_GN), SCALE_TERMS)
+    return values.to(dtype)
+
+
+@triton.jit
+def _per_group(
+    tensor, row, first, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Load what a tile's groups share, [G, BLOCK_N]."""
+    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
+    group = first // SCALE_TERMS + tl.arange(0, GROUPS)
+    EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty == tl.uint8 else 0.0
+    if TERMS % BLOCK_K == 0:
+        tile_GN = tl.load(tensor + row[None, :] + group[:, None])
+    else:
+        inside = (group * SCALE_TERMS < TERMS)[:, None]
+        tile_GN = tl.load(tensor + row[None, :] + group[:, None], mask=inside, other=EMPTY)
+    return tile_GN
+
+
+@triton.jit
+def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, of, dtype):
+    """Load a tile's even and odd terms, [BLOCK_M, BLOCK_K / 2] each, as ``dtype``.
+
+    Two values of 16 bits come as one word, float32 by themselves.
+    """
+    place = first // 2 + tl.arange(0, BLOCK_K // 2)
+    mask = a_mask[:, None]
+    if TERMS % BLOCK_K != 0:
+        mask = mask & (place < TERMS // 2)[None, :]
+    if of == tl.float32:
+        at = a_rows[:, None] + 2 * place[None, :]
+        even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+    else:
+        words = tl.load(a_rows[:, None] + place[None, :], mask=mask, other=0)
+        words = words.to(tl.uint32, bitcast=True)
+        even = (words & 0xFFFF).to(tl.uint16).to(of, bitcast=True)
+        odd = (words >> 16).to(tl.uint16).to(of, bitcast=True)
+    return even.to(dtype), odd.to(dtype)
+
+
+@triton.jit
+def _paired_codes(
+    acc, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
+    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_TERMS: tl.constexpr, SCALED: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    of: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Add the products with a tile of 4-bit codes, first the even terms, then the odd ones.
+
+    SCALED says that scales are applied to codes.
+    """
+    even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, of, dtype)
+    byte = first // 2 + tl.arange(0, BLOCK_K // 2)
+    if TERMS % BLOCK_K == 0:
+        raw = tl.load(codes_of_column[None, :] + byte[:, None])
+    else:
+        inside = (byte < TERMS // 2)[:, None]
+        raw = tl.load(codes_of_column[None, :] + byte[:, None], mask=inside, other=0)
+    minus, factors = None, None
+    if zero is not None:
         # Zero points of neighbouring columns share a byte.
-        at = zero + (column // PACKED * zero_stride)[:, None] + group[None, :]
-        points = tl.load(at, mask=(group * SCALE_TERMS < TERMS)[None, :], other=0).to(tl.int32)
-        if PACKED == 2:
-            points = (points >> (column % 2 * 4)[:, None]) & 0xF
-        points = tl.broadcast_to(points[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // GROUPS))
-        values = (raw.to(tl.int32) - points.reshape(BLOCK_N, BLOCK_K)).to(dtype)
-    if FINE:
-        at = scale + (column // SCALE_ROWS * scale_stride)[:, None] + group[None, :]
-        EMPTY: tl.constexpr = 0 if scale.dtype.element_ty == tl.uint8 else 0.0
-        inside = (group * SCALE_TERMS < TERMS)[None, :]
-        factors = _code_scale(tl.load(at, mask=inside, other=EMPTY))
-        factors = tl.broadcast_to(factors[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // GROUPS))
-        values = values.to(tl.float32) * factors.reshape(BLOCK_N, BLOCK_K)
-    return tl.trans(values.to(dtype))
+        row = column // 2 * zero_stride
+        points_GN = _per_group(zero, row, first, SCALE_TERMS, TERMS, BLOCK_K)
+        points_GN = (points_GN >> (column % 2 * 4).to(tl.uint8)[None, :]) & 0xF
+        minus_GN = minus_zeros(points_GN, dtype)
+        minus = over_terms(minus_GN, BLOCK_K // 2 // minus_GN.shape[0])
+    elif ELEMENTS == "uint4":
+        minus = minus_zeros(tl.full(raw.shape, ZERO, tl.int32), dtype)
+    if SCALED:
+        row = column // SCALE_ROWS * scale_stride
+        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
+        factors = over_terms(scale_as(factors_GN, dtype), BLOCK_K // 2 // factors_GN.shape[0])
+    elif ELEMENTS == "e2m1":
+        factors = tl.full(raw.shape, 1.0, dtype)
+    b = nibbles(raw, minus, factors, ELEMENTS, False, dtype)
+    acc = tl.dot(even, b, acc, input_precision="ieee")
+    b = nibbles(raw, minus, factors, ELEMENTS, True, dtype)
+    return tl.dot(odd, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _whole_terms(
+    acc, a_rows, a_mask, input_scale, codes_of_column, zero, zero_stride, scale, scale_stride,
+    column, first,
+    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the products with a tile of bytes; nothing has been added before "group here"."""
+    term = first + tl.arange(0, BLOCK_K)
+    mask = a_mask[:, None]
+    if TERMS % BLOCK_K != 0:
+        mask = mask & (term < TERMS)[None, :]
+    a = tl.load(a_rows[:, None] + term[None, :], mask=mask, other=0.0)
+    if INPUTS == "static":
+        a = to_e4m3(a.to(tl.float32) * (1.0 / input_scale), UPCAST)
+    if INPUTS == "group here":
+        values = a.to(tl.float32)
+        factor = group_factor(tl.max(tl.abs(values), 1))
+        a = to_e4m3(quotient(values, factor[:, None], UPCAST), UPCAST)
+    if INPUTS == "none":
+        b = _single_codes(
+            codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
+            ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K,
+            tl.float32 if UPCAST else a_rows.dtype.element_ty,
+        )  # fmt: skip
+    elif TERMS % BLOCK_K == 0:
+        b = tl.load(codes_of_column[None, :] + term[:, None])
+    else:
+        inside = (term < TERMS)[:, None]
+        b = tl.load(codes_of_column[None, :] + term[:, None], mask=inside, other=0.0)
+    if UPCAST:
+        # Interpreted, a product is in float32: it knows neither bfloat16 nor e4m3.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    part = tl.dot(a, b, acc, input_precision="ieee")
+    if INPUTS == "group here":
+        part *= factor[:, None]
+    return part
+
+
+@triton.jit
+def _factor(scale_of_column, a_scale, a_mask, group, OF_ROWS: tl.constexpr):
+    """Load the scales of a tile's columns and, with OF_ROWS, of its rows."""
+    of_column = tl.load(scale_of_column + group)
+    of_row = of_column
+    if OF_ROWS:
+        of_row = tl.load(a_scale + group, mask=a_mask, other=0.0)
+    return of_column, of_row
 
 
 @triton.jit
@@ -170,50 +183,59 @@ def _product(  # noqa: PLR0912
     scale, scale_stride, column,
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, of: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Multiply BLOCK_M rows by BLOCK_N columns over TERMS terms, summed in float32.
 
     Scales that span at least BLOCK_K terms are applied to sums, others to the decoded tile.
     """
     acc = tl.zeros([a_rows.shape[0], column.shape[0]], tl.float32)
-    term = tl.arange(0, BLOCK_K)
-    MASKED: tl.constexpr = TERMS % BLOCK_K != 0
-    ROUNDED: tl.constexpr = INPUTS != "none"
-    # Interpreted, a product is in float32: it knows neither bfloat16 nor e4m3.
-    native: tl.constexpr = tl.float8e4nv if ROUNDED else a_rows.dtype.element_ty
-    dtype: tl.constexpr = tl.float32 if UPCAST else native
+    PAIRED: tl.constexpr = ELEMENTS == "uint4" or ELEMENTS == "e2m1"  # noqa: PLR1714
+    # Many rows make more sums than codes, and no registers for factors of both.
+    FEW_ROWS: tl.constexpr = a_rows.shape[0] <= 32
+    OF_SUMS: tl.constexpr = (
+        SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS and (FEW_ROWS or not PAIRED)
+    )
+    AHEAD: tl.constexpr = OF_SUMS and FEW_ROWS
+    dtype: tl.constexpr = tl.float32 if UPCAST else of
+    codes_of_column = codes + column * code_stride
     scale_of_column = scale + column // SCALE_ROWS * scale_stride
+    if AHEAD:
+        factor = _factor(scale_of_column, a_scale, a_mask, 0, INPUTS == "group")
     for first in range(0, TERMS, BLOCK_K):
-        a_ptrs = a_rows[:, None] + (first + term)[None, :]
-        if MASKED:
-            inside = first + term < TERMS
-            a = tl.load(a_ptrs, mask=a_mask[:, None] & inside[None, :], other=0.0)
-        else:
-            a = tl.load(a_ptrs, mask=a_mask[:, None], other=0.0)
-        if INPUTS == "static":
-            a = _to_e4m3(a.to(tl.float32) * (1.0 / input_scale), UPCAST)
-        if ROUNDED:
-            b_ptrs = codes + column[None, :] * code_stride + (first + term)[:, None]
-            b = tl.load(b_ptrs, mask=inside[:, None], other=0.0) if MASKED else tl.load(b_ptrs)
-        else:
-            b = _tile(
-                codes, code_stride, zero, zero_stride, scale, scale_stride, column, first,
-                ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K, dtype,
+        base = tl.zeros_like(acc) if OF_SUMS else acc
+        if AHEAD:
+            # The next tile's scales are on their way while this one is computed.
+            group = tl.minimum(first + BLOCK_K, TERMS - 1) // SCALE_TERMS
+            next_factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
+        if PAIRED:
+            part = _paired_codes(
+                base, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride,
+                column, first, ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS,
+                SCALE_TERMS < TERMS and not OF_SUMS, TERMS, BLOCK_K, of, dtype,
             )  # fmt: skip
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        if SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS:
-            part = tl.dot(a, b, input_precision="ieee")
-            if INPUTS == "group":
-                part *= tl.load(a_scale + first // SCALE_TERMS, mask=a_mask, other=0.0)[:, None]
-            acc += part * _code_scale(tl.load(scale_of_column + first // SCALE_TERMS))[None, :]
         else:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            part = _whole_terms(
+                base, a_rows, a_mask, input_scale, codes_of_column, zero, zero_stride,
+                scale, scale_stride, column, first,
+                ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, TERMS, BLOCK_K, UPCAST,
+            )  # fmt: skip
+        if OF_SUMS:
+            if not AHEAD:
+                group = first // SCALE_TERMS
+                factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
+            of_column, of_row = factor
+            if INPUTS == "group":
+                part *= of_row[:, None]
+            acc += part * code_scale(of_column)[None, :]
+            if AHEAD:
+                factor = next_factor
+        else:
+            acc = part
     if SCALE_TERMS >= TERMS:
         if INPUTS == "group":
             acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
-        acc *= _code_scale(tl.load(scale_of_column))[None, :]
+        acc *= code_scale(tl.load(scale_of_column))[None, :]
     if INPUTS == "token":
         acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
     if INPUTS == "static":
@@ -221,7 +243,7 @@ def _product(  # noqa: PLR0912
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def quantised_gate_up_kernel(
     x, x_stride, x_scale, x_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,
@@ -264,7 +286,8 @@ def quantised_gate_up_kernel(
     acc = _product(
         x + token * x_stride, real, x_scale, input_scale, codes + row * code_row, code_stride,
         zero, zero_stride, scale + row * scale_row, scale_stride, column,
-        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K, UPCAST,
+        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K,
+        h_PI.dtype.element_ty, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row + column // PART_ROWS)[None, :]
@@ -281,9 +304,9 @@ def quantised_gate_up_kernel(
     tl.store(h_ptrs, h.to(h_PI.dtype.element_ty), mask=real[:, None] & (i < INTERMEDIATE)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def quantised_down_kernel(
-    h_PI, h_scale, h_scale_stride,
+    h_PI, h_stride, h_scale, h_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,
     parts, parts_row, input_scale, input_row, bias, bias_row,
     out, out_stride, weight, sorted_pair, expert_of_block, num_blocks_ptr, row_of_E, num_pairs,
@@ -315,9 +338,10 @@ def quantised_down_kernel(
     if input_scale is not None:
         input_scale = tl.load(input_scale + row * input_row)
     acc = _product(
-        h_PI + place * INTERMEDIATE, real, h_scale, input_scale, codes + row * code_row,
+        h_PI + place * h_stride, real, h_scale, input_scale, codes + row * code_row,
         code_stride, zero, zero_stride, scale + row * scale_row, scale_stride, column,
-        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K, UPCAST,
+        ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K,
+        out.dtype.element_ty, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row)

@@ -15,9 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_moe_offload.kernels._quantise_triton import quantise_pairs_kernel, quantise_rows_kernel
 from vllm_moe_offload.kernels._quantised_mlp_triton import (
-    quantise_pairs_kernel,
-    quantise_rows_kernel,
     quantised_down_kernel,
     quantised_gate_up_kernel,
 )
@@ -26,8 +25,6 @@ from vllm_moe_offload.kernels.dispatch import Dispatch, max_blocks
 from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import (
-    SMALLEST_GROUP_MAXIMUM,
-    SMALLEST_TOKEN_SCALE,
     ExpertFormat,
     QuantisedMatrix,
     dequantise,
@@ -192,11 +189,9 @@ def _empty_inputs(rows: int, terms: int, group: int, device: torch.device) -> tu
 
 def _grouping(form: ExpertFormat, terms: int) -> dict[str, Any]:
     group = _group(form, terms)
-    grouped = form.inputs == "group"
     return {
         "WIDTH": terms, "GROUP": group, "BLOCK": triton.next_power_of_2(group),
-        "LEAST": SMALLEST_GROUP_MAXIMUM if grouped else SMALLEST_TOKEN_SCALE,
-        "OF_MAXIMUM": grouped, "ROUND": _interpreted(),
+        "OF_MAXIMUM": form.inputs == "group", "ROUND": _interpreted(),
         "num_warps": 1 if group <= 256 else 4,
     }  # fmt: skip
 
@@ -235,40 +230,113 @@ def quantised_mlp(
         sort_pairs(ids_TK, dispatch)
     assert dispatch.block_m == config.block_m, "pairs were sorted for other tiles"
     inputs = quantise_inputs(x_TH, form) if inputs is None else inputs
-    hidden, intermediate = weights.hidden, weights.intermediate
-    hidden_PI = x_TH.new_empty(num_pairs, intermediate)
-    weight_P, blocks = weight_TK.reshape(-1), max_blocks(num_pairs, num_experts, config.block_m)
-    lists = (dispatch.sorted_pair, dispatch.expert_of_block, dispatch.num_blocks, row_of_E)
-    options = {
-        "HIDDEN": hidden, "INTERMEDIATE": intermediate,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m, "UPCAST": _interpreted(),
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
-    matrix, shapes = _arguments(weights.w13, form, weights.columns, hidden, config.block_k)
-    quantised_gate_up_kernel[(blocks * triton.cdiv(weights.columns, config.block_n),)](
-        inputs.x_TH, inputs.x_TH.stride(0), *_strided(inputs.scale_TG), *matrix,
-        hidden_PI, weight_P, *lists, num_pairs,
-        CHOICES=ids_TK.shape[1], WEIGH=weight_on_input, PART_ROWS=_part_rows(weights),
-        NAME=activation.name, GATED=activation.is_gated,
-        INTERLEAVED=activation.name == "swigluoai",
-        LIMIT=activation.limit, ALPHA=activation.alpha, BETA=activation.beta,
-        SITU_BETA=activation.situ_beta, SITU_LINEAR_BETA=activation.situ_linear_beta,
-        **shapes, **options,
-    )  # fmt: skip
-    h, h_scale = hidden_PI, None
-    if form.inputs in ("group", "token"):
-        h, h_scale = _empty_inputs(num_pairs, intermediate, _group(form, intermediate), h.device)
-        quantise_pairs_kernel[(blocks * config.block_m, h_scale.shape[1])](
-            hidden_PI, h, h_scale, *lists, num_pairs, BLOCK_M=config.block_m,
+    step = Step(x_TH, weight_TK, row_of_E, weights, activation, weight_on_input, dispatch, config)
+    inner = step.between(step.gate_up(inputs))
+    step.down(inner, out_TKH.view(num_pairs, weights.hidden))
+
+
+@dataclass(frozen=True)
+class Step:
+    """The products of one step, one launch each. The arguments are those of ``quantised_mlp``."""
+
+    x_TH: Tensor
+    weight_TK: Tensor
+    row_of_E: Tensor
+    weights: QuantisedWeights
+    activation: Activation
+    weight_on_input: bool
+    dispatch: Dispatch
+    config: TileConfig
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.weight_TK.numel()
+
+    @property
+    def num_blocks(self) -> int:
+        """Most blocks of pairs that there can be."""
+        return max_blocks(self.num_pairs, self.row_of_E.numel(), self.config.block_m)
+
+    @property
+    def _lists(self) -> tuple[Any, ...]:
+        lists = self.dispatch
+        pairs = lists.sorted_pair, lists.expert_of_block, lists.num_blocks
+        return *pairs, self.row_of_E, self.num_pairs
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "HIDDEN": self.weights.hidden, "INTERMEDIATE": self.weights.intermediate,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m, "UPCAST": _interpreted(),
+            "num_warps": config.num_warps, "num_stages": config.num_stages,
+        }  # fmt: skip
+
+    def gate_up(self, inputs: QuantisedInputs) -> Tensor:
+        """Run the first product and its activation, [P, I]."""
+        weights, activation, form = self.weights, self.activation, self.weights.format
+        hidden_PI = self.x_TH.new_empty(self.num_pairs, weights.intermediate)
+        matrix, shapes = _arguments(
+            weights.w13, form, weights.columns, weights.hidden, self.config.block_k
+        )
+        shapes["INPUTS"] = _rounding(inputs, form)
+        tiles = triton.cdiv(weights.columns, self.config.block_n)
+        quantised_gate_up_kernel[(self.num_blocks * tiles,)](
+            *_terms(inputs.x_TH, form), *_strided(inputs.scale_TG), *matrix,
+            hidden_PI, self.weight_TK.reshape(-1), *self._lists,
+            CHOICES=self.weight_TK.shape[1], WEIGH=self.weight_on_input,
+            PART_ROWS=_part_rows(weights), NAME=activation.name, GATED=activation.is_gated,
+            INTERLEAVED=activation.name == "swigluoai",
+            LIMIT=activation.limit, ALPHA=activation.alpha, BETA=activation.beta,
+            SITU_BETA=activation.situ_beta, SITU_LINEAR_BETA=activation.situ_linear_beta,
+            **shapes, **self._options,
+        )  # fmt: skip
+        return hidden_PI
+
+    def between(self, hidden_PI: Tensor) -> QuantisedInputs:
+        """Round what lies between the products, if the format asks for it."""
+        form, intermediate = self.weights.format, self.weights.intermediate
+        if form.inputs not in ("group", "token"):
+            return QuantisedInputs(hidden_PI)
+        codes, scale_PG = _empty_inputs(
+            self.num_pairs, intermediate, _group(form, intermediate), hidden_PI.device
+        )
+        quantise_pairs_kernel[(self.num_blocks * self.config.block_m, scale_PG.shape[1])](
+            hidden_PI, codes, scale_PG, *self._lists, BLOCK_M=self.config.block_m,
             **_grouping(form, intermediate),
         )  # fmt: skip
-    matrix, shapes = _arguments(weights.w2, form, hidden, intermediate, config.block_k)
-    out_PH = out_TKH.view(num_pairs, hidden)
-    quantised_down_kernel[(blocks * triton.cdiv(hidden, config.block_n),)](
-        h, *_strided(h_scale), *matrix, out_PH, out_PH.stride(0), weight_P, *lists, num_pairs,
-        WEIGH=not weight_on_input, **shapes, **options,
-    )  # fmt: skip
+        return QuantisedInputs(codes, scale_PG)
+
+    def down(self, inner: QuantisedInputs, out_PH: Tensor) -> None:
+        """Run the second product, into rows of pairs."""
+        weights, form = self.weights, self.weights.format
+        matrix, shapes = _arguments(
+            weights.w2, form, weights.hidden, weights.intermediate, self.config.block_k
+        )
+        shapes["INPUTS"] = _rounding(inner, form)
+        tiles = triton.cdiv(weights.hidden, self.config.block_n)
+        quantised_down_kernel[(self.num_blocks * tiles,)](
+            *_terms(inner.x_TH, form), *_strided(inner.scale_TG), *matrix,
+            out_PH, out_PH.stride(0), self.weight_TK.reshape(-1), *self._lists,
+            WEIGH=not self.weight_on_input, **shapes, **self._options,
+        )  # fmt: skip
+
+
+def _terms(x_RK: Tensor, form: ExpertFormat) -> tuple[Tensor, int]:
+    """Activations and their stride as the products read them, next to 4-bit codes in words."""
+    if form.bits == 4 and x_RK.element_size() == 2:
+        pairs = x_RK.stride(0) % 2 == x_RK.storage_offset() % 2 == 0 and x_RK.stride(1) == 1
+        x_RK = (x_RK if pairs else x_RK.clone()).view(torch.int32)
+    return x_RK, x_RK.stride(0)
+
+
+def _rounding(inputs: QuantisedInputs, form: ExpertFormat) -> str:
+    """How a product rounds its activations, or finds them rounded."""
+    if form.inputs == "group" and inputs.scale_TG is None:
+        return "group here"
+    return form.inputs or "none"
 
 
 def _part_rows(weights: QuantisedWeights) -> int:
@@ -297,7 +365,7 @@ def _arguments(
     return tensors, {
         "ELEMENTS": form.elements, "ZERO": form.midpoint,
         "SCALE_ROWS": form.scale_rows or rows // matrix.scale.shape[1],
-        "SCALE_TERMS": scale_terms, "INPUTS": form.inputs or "none",
+        "SCALE_TERMS": scale_terms,
     }  # fmt: skip
 
 

@@ -23,6 +23,8 @@ SEAMS = {
     "model_loader": "vllm.model_executor.model_loader.base_loader",
     "block_pool": "vllm.v1.core.block_pool",
     "scheduler": "vllm.v1.core.sched.scheduler",
+    "kv_layout": "vllm.v1.worker.worker_base",
+    "lending": "vllm.v1.engine.core",
     "engine_startup": "vllm.v1.engine.utils",
     "cut_off": "vllm.v1.engine.async_llm",
     "engine_process": "vllm.v1.engine.core",

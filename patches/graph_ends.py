@@ -5,7 +5,8 @@ Reads: ``ForwardContext.cudagraph_runtime_mode`` in vllm.forward_context, and wh
 Versions: 0.32, 0.33.
 Why: copies beside the computation must be joined in the graph that began them, and piecewise
     graphs end at every attention.
-How: only a full graph, or none at all, goes on to the next layer.
+How: what is captured within a forward pass, and neither piecewise nor breakable, is the whole of
+    it. The first model runner says so (FULL), the second one captures it under the mode NONE.
 Can go: when vLLM tells a layer what is captured around it.
 """
 
@@ -22,4 +23,4 @@ def spans_layers() -> bool:
 
     if not is_forward_context_available() or BreakableCUDAGraphCapture.is_active():
         return False
-    return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL)
+    return bool(get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE)

@@ -22,6 +22,7 @@ from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine, describe
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.graph_ends import spans_layers
+from vllm_moe_offload.patches.kv_layout import why_not_shared
 from vllm_moe_offload.patches.recording import tokens_to_log
 from vllm_moe_offload.patches.routers import find_routers
 from vllm_moe_offload.patches.worker import engines_of_loading_worker
@@ -63,6 +64,20 @@ def _load_model(
     return model
 
 
+def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) -> None:
+    """Let the slots be borrowed from the KV cache if nobody said otherwise and it can be shared."""
+    if not engine.config.wants_to_borrow:
+        return
+    engine.not_shared = why_not_shared(vllm_config) if is_served else "it is that of a draft model"
+    engine.borrows = engine.not_shared is None
+    if not engine.borrows:
+        logger.info(
+            "moe-offload: the KV cache is not shared with experts, because %s. The split is made "
+            "now: a quarter of the experts is held in slots; gpu_gb gives another size.",
+            engine.not_shared,
+        )
+
+
 def _create_model(
     original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
 ) -> Any:
@@ -84,6 +99,7 @@ def _create_model(
         )
     if engine.config.predictor == "gate":
         engine.routers = find_routers(model, engine.specs)
+    _choose_memory(engine, vllm_config, is_served=model_config is vllm_config.model_config)
     engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
     if vllm_config.load_config.load_format != "dummy":  # it leaves integers as they are

@@ -3,9 +3,10 @@
 Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
-How: engines of models loaded inside ``load_model`` stay with the worker; reloading and level 2
-    sleep raise; statistics, recording and what eviction learns start after warm-up and go on
-    beside the steps, of which they are only told.
+How: engines of models loaded inside ``load_model`` stay with the worker, whose KV cache one of
+    them may share (``borrowing``); reloading and level 2 sleep raise; statistics, recording and
+    what eviction learns start after warm-up and go on beside the steps, of which they are only
+    told.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -22,8 +23,10 @@ from vllm.logger import init_logger
 from vllm_moe_offload.counts import LayerCounts
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.lending.orders import Order, Report
 from vllm_moe_offload.metrics.page import Worker, page_path
 from vllm_moe_offload.metrics.reporter import Reporter, labelled
+from vllm_moe_offload.patches.borrowing import Borrowing, Share, share_of
 from vllm_moe_offload.patches.lookahead import Lookahead
 from vllm_moe_offload.patches.recording import Recording
 from vllm_moe_offload.patches.wrapping import wrap
@@ -39,12 +42,16 @@ def apply(module: ModuleType) -> None:
     worker = module.Worker
     wrap(worker, "load_model", _load_model)
     wrap(worker, "compile_or_warm_up_model", warm_up)
+    wrap(worker, "initialize_from_config", _initialize_from_config)
     wrap(worker, "execute_model", _execute_model)
+    wrap(worker, "sample_tokens", _sample_tokens)
     wrap(worker, "sleep", _sleep)
     wrap(worker, "reload_weights", _refuse_weights)
     wrap(worker, "start_weight_update", _refuse_weights)
     wrap(worker, "shutdown", _shutdown)
     worker.moe_offload_stats = _stats
+    worker.moe_offload_share = _share
+    worker.moe_offload_follow = _follow
 
 
 def engines_of_loading_worker() -> list[OffloadEngine]:
@@ -57,6 +64,7 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     self.moe_offload_engines = []
     self.moe_offload_lookahead = Lookahead(self.vllm_config)
     self.moe_offload_reporter = None
+    self.moe_offload_borrowing = None
     token = _loading.set(self.moe_offload_engines)
     try:
         result = original(self, *args, **kwargs)
@@ -66,6 +74,29 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     if self.moe_offload_engines and self.moe_offload_engines[0].config.trace_path is not None:
         self.moe_offload_recording = Recording(self, self.moe_offload_engines[0])
     return result
+
+
+def _initialize_from_config(
+    original: Callable[..., Any], self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    result = original(self, kv_cache_config, *args, **kwargs)
+    engines = _engines(self)
+    if engines and engines[0].borrows:
+        self.moe_offload_borrowing = Borrowing(self, kv_cache_config, engines[0])
+    return result
+
+
+def _share(self: Any) -> Share | None:
+    """How this worker's memory can be split, None if nothing is offloaded."""
+    engines = _engines(self)
+    return share_of(self, engines[0], _borrowing(self)) if engines else None
+
+
+def _follow(self: Any, order: Order) -> Report:
+    """Carry out an order between steps."""
+    borrowing = _borrowing(self)
+    assert borrowing is not None, "a worker gets an order that does not borrow"
+    return borrowing.follow_at_once(order)
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +140,9 @@ def _execute_model(
     engines = _engines(self)
     if not engines:
         return original(self, scheduler_output, *args, **kwargs)
+    borrowing = _borrowing(self)
+    if borrowing:
+        borrowing.follow(scheduler_output)
     tokens = self.moe_offload_lookahead.tokens_outside_graphs(scheduler_output)
     for engine in engines:
         engine.step_begins(tokens, scheduler_output.total_num_scheduled_tokens)
@@ -120,7 +154,13 @@ def _execute_model(
         engine.step_ended(next_tokens)
     if reporter := _reporter_of(self):
         reporter.note_step()
-    return result
+    return borrowing.attach(result) if borrowing else result
+
+
+def _sample_tokens(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    borrowing = _borrowing(self)
+    return borrowing.attach(result) if borrowing else result
 
 
 def _stats(self: Any) -> dict[str, Any] | None:
@@ -158,6 +198,8 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
         reporter.pause()
     if recording := _recording(self):
         recording.settle()  # what sleeps is unmapped
+    if borrowing := _borrowing(self):
+        borrowing.empty()
     return original(self, level)
 
 
@@ -180,6 +222,7 @@ def _shutdown(original: Callable[..., Any], self: Any) -> Any:
         recording.close()
     self.moe_offload_recording = None
     result = original(self)
+    self.moe_offload_borrowing = None
     for engine in _engines(self):
         engine.close()
     self.moe_offload_engines = []
@@ -192,6 +235,10 @@ def _engines(worker: Any) -> list[OffloadEngine]:
 
 def _reporter_of(worker: Any) -> Reporter | None:
     return getattr(worker, "moe_offload_reporter", None)
+
+
+def _borrowing(worker: Any) -> Borrowing | None:
+    return getattr(worker, "moe_offload_borrowing", None)
 
 
 def _recording(worker: Any) -> Recording | None:

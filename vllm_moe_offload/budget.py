@@ -53,13 +53,20 @@ def slots_for_share(share: float, num_experts: int) -> int:
     return math.floor(share * num_experts + 1e-6)
 
 
-def plan_budget(layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> Budget:
+def plan_budget(
+    layers: Sequence[LayerDemand], config: MoeOffloadConfig, *, borrows: bool = False
+) -> Budget:
     """Split the memory that the options give among the layers.
+
+    Args:
+        layers: all of them.
+        config: the options.
+        borrows: whether slots are borrowed from the KV cache later, and none is allocated.
 
     Raises:
         OffloadError: staging is too small for two experts.
     """
-    slots = tuple(_num_slots(layer, layers, config) for layer in layers)
+    slots = tuple(0 if borrows else _num_slots(layer, layers, config) for layer in layers)
     streaming = [
         layer for layer, count in zip(layers, slots, strict=True) if count < layer.num_experts
     ]

@@ -15,6 +15,12 @@ from vllm_moe_offload.watch.command import add_watch_parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
+    arguments = make_parser().parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe all subcommands; each sets ``run`` to what runs it."""
     parser = argparse.ArgumentParser(
         prog="vllm-moe-offload", description="Tools around expert offloading for vLLM."
     )
@@ -26,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_simulate_parser(commands)
     add_trace_parser(commands)
     add_watch_parser(commands)
-    arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
+    return parser
 
 
 def _add_demo(commands: Any) -> None:

@@ -23,6 +23,8 @@ Interval = Annotated[float, Field(ge=0.1, le=86_400 * 365, allow_inf_nan=False)]
 _REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto; cache_fraction=0 keeps no expert at all",
     "cache_fraction": "Give a number from 0 (no expert in slots) to 1 (all of them)",
+    "kv_floor": "Give a share of the KV cache from 0 to 1, such as 0.1",
+    "kv_policy": "Give auto or fixed",
     "staging_mb": "Give a positive number of MiB, or auto",
     "policy": "Give adaptive or lru",
     "predictor": "Give none, gate, markov or eam",
@@ -43,11 +45,22 @@ class MoeOffloadConfig(BaseModel):
 
     gpu_gb: PositiveGiB | Auto = Field(
         default="auto",
-        description="GPU memory for expert slots in GiB; auto holds a quarter of the experts.",
+        description="GPU memory for expert slots in GiB; auto borrows what the KV cache leaves, or "
+        "holds a quarter of the experts where it cannot be shared.",
     )
     cache_fraction: Share | None = Field(
         default=None,
         description="Share of each layer's experts that has a slot, 0 to 1, instead of gpu_gb.",
+    )
+    kv_floor: Share = Field(
+        default=0.1,
+        description="Share of the KV cache that experts never borrow, beside the room for one "
+        "sequence of the greatest length, 0 to 1.",
+    )
+    kv_policy: Literal["auto", "fixed"] = Field(
+        default="auto",
+        description="Whether experts give borrowed memory back when requests need it (auto), or "
+        "get all but the floor once and for all (fixed).",
     )
     staging_mb: PositiveMiB | Auto = Field(
         default="auto",
@@ -96,7 +109,7 @@ class MoeOffloadConfig(BaseModel):
     )
 
     @field_validator(
-        "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s",
+        "gpu_gb", "cache_fraction", "kv_floor", "staging_mb", "prefetch_mb", "stats_interval_s",
         "trace_file_mb", "trace_interval_s", mode="before",
     )  # fmt: skip
     @classmethod
@@ -135,6 +148,21 @@ class MoeOffloadConfig(BaseModel):
                 f"gpu_gb = {self.gpu_gb} already sets the size of the slots",
                 "Give one of the two",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharing_needs_auto(self) -> Self:
+        size = "gpu_gb" if self.cache_fraction is None else "cache_fraction"
+        for name in ("kv_floor", "kv_policy"):
+            value = getattr(self, name)
+            if not self.wants_to_borrow and value != type(self).model_fields[name].default:
+                raise OffloadError(
+                    name,
+                    value,
+                    f"with {size} = {getattr(self, size)} the slots have memory of their own, and "
+                    "the KV cache is not shared",
+                    f"Drop {size}, or drop this option",
+                )
         return self
 
     @model_validator(mode="after")
@@ -184,6 +212,11 @@ class MoeOffloadConfig(BaseModel):
             raise OffloadError(
                 name, options[name], _problem(error, name), _REMEDIES[name]
             ) from None
+
+    @property
+    def wants_to_borrow(self) -> bool:
+        """Whether the slots' memory is to be borrowed from the KV cache, where that can be had."""
+        return self.gpu_gb == "auto" and self.cache_fraction is None
 
     def includes(self, layer: int) -> bool:
         """Whether the experts of this decoder layer are offloaded."""

@@ -107,7 +107,7 @@ def _counts(
     return LayerCounts(
         layer=layer.spec.name,
         experts=layer.spec.num_experts,
-        slots=layer.residency.num_slots,
+        slots=layer.residency.num_open,
         row_bytes=layer.spec.layout.row_bytes,
         resident=resident,
         active=values[Counter.ACTIVE],

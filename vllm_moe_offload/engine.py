@@ -1,13 +1,13 @@
 """The offload engine of one loaded model: owns pool, slots, staging and residency; runs layers.
 
 Knows nothing of vLLM. Life of an engine: ``add_layer`` for every MoE layer while the model is
-built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``.
+built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``. An engine
+whose slots are borrowed from the KV cache has none until ``borrow``, and everything streams.
 
 Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -21,11 +21,16 @@ from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budg
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.foresight import check_foresight, make_prefetch
 from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
+from vllm_moe_offload.lending.borrower import Borrower
+from vllm_moe_offload.lending.boundary import Boundary
+from vllm_moe_offload.lending.orders import Report
+from vllm_moe_offload.lending.rows import borrowed_rows
 from vllm_moe_offload.memory import available_host_memory
 from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
@@ -40,59 +45,7 @@ from vllm_moe_offload.staging import Staging, rows_of
 from vllm_moe_offload.step import MAX_PARTS, run_step
 from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
 from vllm_moe_offload.sweep import Sweep
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the start, in experts and bytes; ``active = hits + misses``.
-
-    See ``LayerCounts`` for what each of them counts.
-    """
-
-    layers: int
-    experts_in_pool: int
-    slots: int
-    resident: int
-    pool_bytes: int
-    slot_bytes: int
-    staging_bytes: int
-    active: int
-    hits: int
-    misses: int
-    streamed: int
-    demand_bytes: int
-    wave_bytes: int
-    bytes_moved: int
-    prefetch_bytes: int = 0
-    prefetched: int = 0
-    prefetch_hits: int = 0
-    found: int = 0
-    foreseeable: int = 0
-    transfer_seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """All fields by name."""
-        return asdict(self)
-
-    def __add__(self, other: "EngineStats") -> "EngineStats":
-        """Add up the engines of several models or workers."""
-        mine, theirs = asdict(self), asdict(other)
-        return EngineStats(**{name: mine[name] + theirs[name] for name in mine})
-
-    @property
-    def hit_ratio(self) -> float:
-        """Share of the active experts that were in a slot."""
-        return self.hits / self.active if self.active else 0.0
-
-    @property
-    def precision(self) -> float | None:
-        """Share of what was brought in ahead that a step then read; None if nothing was."""
-        return self.prefetch_hits / self.prefetched if self.prefetched else None
-
-    @property
-    def coverage(self) -> float | None:
-        """Share of what was asked for that had been predicted; None without predictions."""
-        return self.found / self.foreseeable if self.foreseeable else None
+from vllm_moe_offload.traffic import Traffic
 
 
 class OffloadEngine:
@@ -130,11 +83,20 @@ class OffloadEngine:
         self._sweep: Sweep | None = None
         self._eviction: AdaptiveEviction | None = None
         self._counters: Counters | None = None
+        self._traffic: Traffic | None = None
         self._prefetch: Prefetch | None = None
         self._spans_layers = spans_layers
         self._say = say or (lambda _: None)
         self.routers: Sequence[Router] | None = None
         """Of every layer, for a predictor that asks them; set before ``plan``."""
+        self.borrows = False
+        """Whether the slots are borrowed from the KV cache's buffer; set before ``plan``."""
+        self.not_shared: str | None = None
+        """Why they are not, if they were to be."""
+        self.borrower: Borrower | None = None
+        self._slot_rows: list[Tensor] = []
+        self._score_LE: Sequence[NDArray[np.floating]] | None = None
+        self._seconds_of_L: list[float] = []
 
     @property
     def policies(self) -> dict[str, str]:
@@ -160,7 +122,7 @@ class OffloadEngine:
         """
         check_foresight(self.config, self.specs, self.routers)
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
-        budget = plan_budget(demands, self.config)
+        budget = plan_budget(demands, self.config, borrows=self.borrows)
         self._check(budget)
         rows = [segment.rows_EB for segment in self.pool.segments]
         populate(rows, processors_near(device_address(self.device)))
@@ -178,16 +140,48 @@ class OffloadEngine:
             return
         if self.device.type == "cuda" and (held := self.pool.register(self.device)):
             self._say(_cost_of_unpinned(held, self.pool.num_bytes))
-        self._eviction = self._make_eviction()
+        self._slot_rows = [self.arena.rows(number) for number in range(len(self.specs))]
+        self._make_ready(least_open=None)
+
+    def borrow(self, buffer: Tensor, boundary: Boundary) -> Borrower:
+        """Take slots from the KV cache's buffer; before any graph is captured that stays.
+
+        Args:
+            buffer: the whole of it, one-dimensional, of any one-byte type.
+            boundary: where slots lie in it.
+
+        Returns:
+            What opens and closes them.
+        """
+        assert self.borrows, "the engine was planned with slots of its own"
+        assert self._layers, "slots are borrowed when the weights are there"
+        self._slot_rows = [borrowed_rows(buffer, boundary, n) for n in range(len(self.specs))]
+        self._make_ready(least_open=boundary.min_increments)
+        self._traffic = Traffic(self._layers, self.device)
+        residencies = [layer.residency for layer in self._layers]
+        self.borrower = Borrower(boundary, buffer, residencies, self._settle)
+        return self.borrower
+
+    def _make_ready(self, *, least_open: int | None) -> None:
+        self._eviction = self._make_eviction(least_open)
         beside = beside_on(self.device)
-        self._layers = [self._ready(number, beside) for number in range(len(self.specs))]
-        self._counters = Counters(self._layers, self.device, self._row_seconds())
+        self._layers = [self._ready(n, beside, least_open) for n in range(len(self.specs))]
+        self._seconds_of_L = self._row_seconds()
+        self._counters = Counters(self._layers, self.device, self._seconds_of_L)
+        self._sweep = None
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
             rows = [self.pool.source_rows(segment) for segment in self.pool.segments]
             self._sweep = Sweep(self._layers, rows, self.device)
         self._prefetch = make_prefetch(
             self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
         )
+
+    def _settle(self) -> None:
+        """Compute nothing more before copies that go on beside are there, and plan them anew."""
+        if self._sweep is not None:
+            self._sweep.settle()
+        if self._prefetch is not None:
+            self._prefetch.settle()
 
     def fill_slots(self, score_LE: Sequence[NDArray[np.floating]]) -> int:
         """Load the experts with the highest scores; not between the layers of a step.
@@ -199,6 +193,7 @@ class OffloadEngine:
         Returns:
             How many experts of all layers are in slots now.
         """
+        self._score_LE = score_LE
         filled = 0
         for number, (layer, score_E) in enumerate(zip(self._layers, score_LE, strict=True)):
             routing = layer.spec.routing
@@ -212,6 +207,10 @@ class OffloadEngine:
                 self._eviction.note_fill(number, on_device)
             filled += experts.size
         return filled
+
+    def refill_slots(self) -> int | None:
+        """Do so again, because more slots have opened; None if it was never done."""
+        return None if self._score_LE is None else self.fill_slots(self._score_LE)
 
     def run(
         self,
@@ -313,10 +312,11 @@ class OffloadEngine:
         return EngineStats(
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
-            slots=sum(self.budget.slots) if self.budget else 0,
+            slots=sum(layer.slots for layer in layers),
             resident=sum(layer.resident for layer in layers),
             pool_bytes=self.pool.num_bytes,
-            slot_bytes=self.arena.num_bytes,
+            slot_bytes=self.arena.num_bytes + self.lent_bytes,
+            lent_bytes=self.lent_bytes,
             staging_bytes=self.staging.num_bytes,
             active=sum(layer.active for layer in layers),
             hits=sum(layer.hits for layer in layers),
@@ -334,9 +334,32 @@ class OffloadEngine:
         )
 
     @property
+    def shared_blocks(self) -> tuple[int, int] | None:
+        """First block of the KV cache that experts hold now, and how many blocks there are."""
+        if self.borrower is None:
+            return None
+        boundary = self.borrower.boundary
+        return boundary.first_block(self.borrower.increments), boundary.num_blocks
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of the KV cache's buffer that hold experts now."""
+        return self.borrower.lent_bytes if self.borrower else 0
+
+    @property
     def predictor(self) -> Predictor | None:
         """What guesses the next layer's experts, if anything does."""
         return self._prefetch.predictor if self._prefetch else None
+
+    def lending_report(self) -> Report | None:
+        """What the scheduler hears of the slots that are borrowed; never waits for the device."""
+        if self.borrower is None or self._traffic is None:
+            return None
+        seconds = sum(self._seconds_of_L)
+        row_bytes = self.borrower.boundary.increment_bytes
+        return self.borrower.report(
+            self._traffic.num_bytes(), row_bytes / seconds if seconds else 0.0
+        )
 
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
@@ -364,6 +387,8 @@ class OffloadEngine:
         self.arena.check_integrity()
         if self._prefetch is not None:
             self._prefetch.check_integrity()
+        if self.borrower is not None:
+            self.borrower.check_integrity()
         if self._eviction is not None:
             self._eviction.check_integrity()
         for layer, segment in zip(self._layers, self.pool.segments, strict=True):
@@ -378,7 +403,8 @@ class OffloadEngine:
     def close(self) -> None:
         """Unpin the pool."""
         self._layers = []
-        self._counters = self._prefetch = None
+        self._counters = self._prefetch = self._traffic = self.borrower = None
+        self._slot_rows = []
         self.pool.close()
 
     def _common_top_k(self) -> int:
@@ -415,11 +441,12 @@ class OffloadEngine:
             device_is_host=on_host,
         )
 
-    def _make_eviction(self) -> AdaptiveEviction | None:
-        assert self.budget is not None, "layers are made ready after the plan"
-        experts, slots = [spec.num_experts for spec in self.specs], self.budget.slots
+    def _make_eviction(self, least_open: int | None) -> AdaptiveEviction | None:
+        experts = [spec.num_experts for spec in self.specs]
+        slots = [rows.shape[0] for rows in self._slot_rows]
+        open_ = slots if least_open is None else [least_open] * len(slots)
         # Where all experts have slots, or none has, nobody is ever evicted.
-        evicts = any(0 < s < e for e, s in zip(experts, slots, strict=True))
+        evicts = any(s > 0 and o < e for e, s, o in zip(experts, slots, open_, strict=True))
         if self.config.policy != "adaptive" or not evicts:
             return None
         return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
@@ -433,9 +460,9 @@ class OffloadEngine:
         per_byte = row_seconds(largest, self.device) / largest.spec.layout.row_bytes
         return [per_byte * spec.layout.row_bytes for spec in self.specs]
 
-    def _ready(self, number: int, beside: Beside) -> OffloadedLayer:
+    def _ready(self, number: int, beside: Beside, least_open: int | None) -> OffloadedLayer:
         spec, segment = self.specs[number], self.pool.segments[number]
-        slots = self.arena.rows(number)
+        slots, experts = self._slot_rows[number], self.specs[number].num_experts
         order = self._eviction.order(number) if self._eviction is not None else None
         return OffloadedLayer(
             spec=spec,
@@ -443,11 +470,9 @@ class OffloadEngine:
             slots=Block.of(spec, slots),
             halves=self._staged(spec, self.staging.halves),
             blocks=self._staged(spec, self.staging.blocks),
-            residency=Residency(spec.num_experts, slots.shape[0], self.device, order),
-            row_of_E=torch.empty(spec.num_experts, dtype=torch.int32, device=self.device),
-            slot_of_AE=torch.empty(
-                1 + MAX_PARTS, spec.num_experts, dtype=torch.int32, device=self.device
-            ),
+            residency=Residency(experts, slots.shape[0], self.device, order, least_open=least_open),
+            row_of_E=torch.empty(experts, dtype=torch.int32, device=self.device),
+            slot_of_AE=torch.empty(1 + MAX_PARTS, experts, dtype=torch.int32, device=self.device),
             operations=operations_for(self.device),
             beside=beside,
             is_held=self.pool.is_held(segment),

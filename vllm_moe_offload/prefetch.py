@@ -234,18 +234,20 @@ def _moved(layers: Sequence[OffloadedLayer]) -> Tensor:
 
 
 def row_seconds(layer: OffloadedLayer, device: torch.device) -> float:
-    """Measure how long one expert takes to a slot; waits for the device.
+    """Measure how long one expert takes to the device; waits for it.
 
-    The layer must have slots, and nothing resident in them.
+    Into staging where there is some, for slots may be somebody else's memory; else into slots,
+    in which nothing may be resident.
     """
-    rows = min(layer.residency.num_slots, layer.spec.num_experts, 16)
+    block = layer.halves[0] if layer.halves[0].num_rows else layer.slots
+    rows = min(block.num_rows, layer.spec.num_experts, 16)
     number_N = torch.arange(rows, dtype=torch.int32, device=device)
     length = torch.full((1,), rows, dtype=torch.int32, device=device)
     gather = operations_for(device).gather
 
     def run() -> float:
         start = time.perf_counter()
-        gather(layer.pool_rows_EB, layer.slots.rows_RB, number_N, number_N, length)
+        gather(layer.pool_rows_EB, block.rows_RB, number_N, number_N, length)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start

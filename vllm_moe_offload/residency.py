@@ -23,6 +23,8 @@ class Residency:
         num_slots: slots of the layer, from none to one for each expert.
         device: where the tables live.
         order: the layer's share of an eviction policy, None for LRU.
+        least_open: slots that never close, by default all of them; a captured graph counts on
+            these.
     """
 
     def __init__(
@@ -31,7 +33,10 @@ class Residency:
         num_slots: int,
         device: torch.device,
         order: EvictionOrder | None = None,
+        *,
+        least_open: int | None = None,
     ) -> None:
+        self.least_open = num_slots if least_open is None else least_open
         self.tables = ResidencyTables.empty(num_experts, num_slots, device, order)
         self.work = WorkList.empty(num_experts, device)
         self.first_open = 0
@@ -82,6 +87,13 @@ class Residency:
         if tables.order is not None:
             tables.order.num_slots.fill_(self.num_open)
 
+    def empty(self) -> None:
+        """Let no expert be resident: what the slots held is gone. Queued like ``open_from``."""
+        tables = self.tables
+        tables.slot_of_E.fill_(NOWHERE)
+        tables.expert_of_S[self.first_open :] = NOWHERE
+        tables.stamp_S[self.first_open :] = NEVER
+
     def fill(self, experts: Tensor) -> None:
         """Give the first open slots to these experts, empty the others, list the experts as loads.
 
@@ -93,9 +105,7 @@ class Residency:
         assert count <= self.num_open, f"{count} experts, {self.num_open} slots"
         rank = torch.arange(count, dtype=torch.int32, device=experts.device)
         slots = first + rank
-        tables.slot_of_E.fill_(NOWHERE)
-        tables.expert_of_S[first:] = NOWHERE
-        tables.stamp_S[first:] = NEVER
+        self.empty()
         # As if the experts had been read in the last steps, one in each.
         tables.clock.add_(count)
         tables.slot_of_E[experts.long()] = slots

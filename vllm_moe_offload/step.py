@@ -99,10 +99,11 @@ def num_parts(layer: OffloadedLayer, num_pairs: int) -> int:
 def wave_starts(layer: OffloadedLayer, num_pairs: int, *, evict: bool) -> range:
     """First positions in the list of streams of every wave that a step may need.
 
-    The bound follows from shapes alone, so that the launches are the same in every step of a
-    shape. On the host the list's own length is free to read and ends the waves earlier.
+    The bound follows from shapes and from the slots that never close, so that the launches are the
+    same in every step of a shape. On the host the list's own length is free to read and ends the
+    waves earlier.
     """
-    experts, slots = layer.spec.num_experts, layer.residency.num_slots
+    experts, slots = layer.spec.num_experts, layer.residency.least_open
     active = min(experts, num_pairs)
     bound = max(0, active - slots) if evict else min(active, experts - slots)
     if bound and layer.row_of_E.device.type == "cpu":

@@ -1,5 +1,6 @@
 """The most memory that a system took, on the GPU and on the host."""
 
+import os
 import subprocess
 import threading
 import time
@@ -20,9 +21,11 @@ _SMI = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"
 
 
 def gpu_bytes() -> int:
-    """Bytes in use on all GPUs, 0 without one."""
+    """Bytes in use on the GPUs that this process may use, 0 without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = [*_SMI, f"--id={visible}"] if visible else _SMI
     try:
-        lines = subprocess.run(_SMI, capture_output=True, text=True, check=True).stdout
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (FileNotFoundError, subprocess.CalledProcessError):
         return 0
     return sum(int(line) << 20 for line in lines.split())

@@ -31,6 +31,7 @@ class Setup:
         short_prompt: tokens of a prompt of a batch, at most.
         new_tokens: tokens that each prompt is continued by.
         batches: numbers of sequences that decode together.
+        vllm_options: what every vLLM command line has besides.
     """
 
     checkpoint: Path
@@ -43,6 +44,7 @@ class Setup:
     short_prompt: int
     new_tokens: int
     batches: tuple[int, ...]
+    vllm_options: tuple[str, ...] = ()
 
     @property
     def largest_batch(self) -> int:

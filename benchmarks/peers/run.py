@@ -2,6 +2,7 @@
 
     python benchmarks/peers/run.py --out FILE
     python benchmarks/peers/run.py --render FILE
+    python benchmarks/peers/run.py --plot FILE
 
 A checkpoint of random weights is made in the shape that is asked for. One after the other the
 systems serve it, each in processes of its own and with the same share of the experts on the GPU:
@@ -13,9 +14,13 @@ texts are compared with stock vLLM's. The file is written after each system, wit
 
 import argparse
 import json
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +47,39 @@ def main() -> int:
     if args.render:
         print(table.markdown(json.loads(args.render.read_text())))
         return 0
+    if args.plot:
+        print(draw(json.loads(args.plot.read_text()), args.plot))
+        return 0
     peers = [peer for peer in all_peers() if not args.only or peer.name in args.only]
+    # What is running ends with us, and what was measured is shown, also where a time limit cuts in.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="peers-", dir=args.work) as work:
         try:
-            result = run(args, peers, Path(work))
+            for result in run(args, peers, Path(work)):
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
         except OffloadError as error:
             print(error, file=sys.stderr)
             return 2
-    table.show(result)
-    if (figure := draw(result, args.out)) is not None:
-        print(figure)
-    return int(any(row["status"] == "failed" for row in result["systems"]))
+        except KeyboardInterrupt:
+            print("Interrupted; no server is left running.", file=sys.stderr)
+    if not result:
+        return 1
+    show(result, args.out)
+    states = [row["status"] for row in result["systems"]]
+    return int(len(states) < len(peers) or "failed" in states)
+
+
+def show(result: dict[str, Any], path: Path) -> None:
+    """Print the table and draw the plot beside the file, with what is installed for that."""
+    try:
+        table.show(result)
+    except ImportError:
+        print(table.markdown(result))
+    try:
+        print(draw(result, path) or "Nothing to draw")
+    except ImportError as error:
+        print(f"Not drawn ({error}): --plot does so where matplotlib is installed")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -62,6 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, help="file of the results")
     add("--render", type=Path, metavar="FILE", help="print results as Markdown")
+    add("--plot", type=Path, metavar="FILE", help="draw results beside their file")
     add("--shape", choices=SHAPES, default="qwen3-30b-a3b-16", help="model to make")
     add("--share", type=_share, default=0.25, help="part of the experts on the GPU, 0 to 1")
     add("--only", nargs="+", choices=names, metavar="SYSTEM", help=f"of {', '.join(names)}")
@@ -70,12 +98,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--short-prompt", type=_count, default=32, help="tokens of the prompts that are decoded")
     add("--new-tokens", type=_count, default=64, help="tokens that they are continued by")
     add("--rounds", type=_count, default=3, help="times that all is timed; the median counts")
+    add("--limit-s", type=float, default=float("inf"), help="begin no system after so many seconds")
     add("--start-limit-s", type=float, default=900, help="seconds until a system is ready")
     add("--disk-gb", type=float, default=60, help="what checkpoints may take of the disk")
     add("--work", type=Path, help="folder for them; they are removed at the end")
+    add("--vllm-options", type=shlex.split, default=[], help="added to all vLLM command lines")
     add("--commit", help="revision, where the tree has no repository")
     args = parser.parse_args(arguments)
-    if not (args.out or args.render):
+    if not (args.out or args.render or args.plot):
         parser.error("--out is needed to measure")
     return args
 
@@ -94,8 +124,9 @@ def _count(text: str) -> int:
     return value
 
 
-def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> dict[str, Any]:
-    """Make the checkpoint and measure; the file holds what there is after each system."""
+def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> Iterator[dict[str, Any]]:
+    """Make the checkpoint and measure; gives all that there is after each system."""
+    start = time.monotonic()
     setup = setup_of(args, work, has_gpu=gpu_bytes_known())
     needs_gguf = any(p.name == "llama.cpp" and p.absent(setup) is None for p in peers)
     checkpoint.make(
@@ -118,22 +149,25 @@ def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> dict[str, An
     idle = gpu_bytes()
     reference = None
     for number, peer in enumerate(peers):
-        print(f"[{number + 1} of {len(peers)}] {peer.name}", flush=True)
-        row, replies = measure(
-            peer,
-            setup,
-            questions,
-            rounds=args.rounds,
-            start_limit_s=args.start_limit_s,
-            idle_gpu_bytes=idle,
-        )
+        seconds = time.monotonic() - start
+        print(f"[{number + 1} of {len(peers)}] {peer.name}, after {seconds:.0f} s", flush=True)
+        if seconds > args.limit_s:
+            row, replies = {"status": "out of time", "remedy": "Raise --limit-s."}, {}
+        else:
+            row, replies = measure(
+                peer,
+                setup,
+                questions,
+                rounds=args.rounds,
+                start_limit_s=args.start_limit_s,
+                idle_gpu_bytes=idle,
+            )
         if peer.name == all_peers()[0].name:
             reference, row["is_reference"] = replies, True
         else:
             compare(row, reference or {}, replies)
         result["systems"].append({"system": peer.name, **row})
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        yield result
 
 
 def setup_of(args: argparse.Namespace, work: Path, *, has_gpu: bool) -> Setup:
@@ -152,6 +186,7 @@ def setup_of(args: argparse.Namespace, work: Path, *, has_gpu: bool) -> Setup:
         short_prompt=args.short_prompt,
         new_tokens=args.new_tokens,
         batches=tuple(sorted(set(args.batches))),
+        vllm_options=tuple(args.vllm_options),
     )
 
 

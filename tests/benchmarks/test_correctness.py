@@ -93,7 +93,7 @@ def test_the_start_that_compiled_is_told_from_the_others():
 
 def test_a_failure_tells_its_start_and_its_first_error():
     log = "start: stock\nCUDA error: one\n" + "x\n" * 2000 + "the end"
-    text = correctness._what_failed(log)
+    text = correctness.what_failed(log)
     assert text.startswith("start: stock\nCUDA error: one\n")
     assert text.endswith("the end")
 

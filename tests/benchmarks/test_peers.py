@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -311,6 +312,12 @@ def test_stock_vllm_understands_its_command_lines(tmp_path):
     assert set(prefetch.offload_params) == {"experts"}
 
 
+def test_options_for_all_vllm_servers(tmp_path):
+    asked = setup(tmp_path, "--vllm-options", "--max-cudagraph-capture-size 32")
+    for peer in all_peers()[:4]:
+        assert peer.command(asked)[-2:] == ["--max-cudagraph-capture-size", "32"]
+
+
 @pytest.mark.parametrize(
     ("share", "layers", "expected"),
     [(0.5, 16, (1, 2)), (0.25, 16, (3, 4)), (0, 16, (1, 1)), (1, 16, (1, 16)), (0.9, 4, (1, 4))],
@@ -398,6 +405,63 @@ def test_a_system_is_measured_from_its_start_to_its_end(tmp_path):
     rate = row["decode_tokens_per_s"]["1"]
     assert rate is None or 0 < rate <= 1 / 0.02
     assert row["first_token_s"] is None or row["first_token_s"] >= 0.02
+
+
+TINY = ["--shape", "tiny", "--batches", "1", "2", "--new-tokens", "8", "--rounds", "1",
+        "--long-prompt", "16", "--start-limit-s", "20"]  # fmt: skip
+
+
+def run_all(tmp_path, monkeypatch, peers, *more):
+    """The whole command with other systems; its status and what it wrote."""
+    out = tmp_path / "r.json"
+    monkeypatch.setattr("peers.run.all_peers", lambda: peers)
+    monkeypatch.setattr("sys.argv", ["run.py", *TINY, "--commit", "c", "--out", str(out), *more])
+    number = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(), json.loads(out.read_text())
+    finally:
+        signal.signal(signal.SIGTERM, number)
+
+
+def named(name, code):
+    peer = FakePeer(code)
+    peer.name = name
+    return peer
+
+
+def test_all_systems_are_in_the_file_whatever_becomes_of_one(tmp_path, monkeypatch, capsys):
+    class Careless(FakePeer):
+        def prepare(self, setup):
+            raise KeyError("no such file")
+
+    careless = Careless(SERVER)
+    careless.name = "careless"
+    peers = [named("first", SERVER), named("broken", "raise SystemExit('hurt')"), careless]
+    status, result = run_all(tmp_path, monkeypatch, peers)
+    assert status == 1
+    found = {row["system"]: row for row in result["systems"]}
+    assert [row["status"] for row in found.values()] == ["measured", "failed", "failed"]
+    assert "hurt" in found["broken"]["log"]
+    assert "no such file" in found["careless"]["log"]
+    assert "hurt" in capsys.readouterr().out
+
+
+def test_no_system_begins_when_the_time_is_up(tmp_path, monkeypatch):
+    peers = [named("first", SERVER), named("second", SERVER)]
+    _, result = run_all(tmp_path, monkeypatch, peers, "--limit-s", "0")
+    assert [row["status"] for row in result["systems"]] == ["out of time"] * 2
+    assert "second is out of time: Raise --limit-s." in table.notes(result)
+
+
+def test_what_was_measured_is_kept_when_the_run_is_ended(tmp_path, monkeypatch, capsys):
+    waiting = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    peers = [named("first", SERVER), named("second", waiting), named("third", SERVER)]
+    status, result = run_all(tmp_path, monkeypatch, peers)
+    assert status == 1
+    assert [row["system"] for row in result["systems"]] == ["first"]
+    shown = capsys.readouterr()
+    assert "Interrupted" in shown.err
+    assert "first" in shown.out
 
 
 def test_a_system_that_fails_leaves_its_log(tmp_path):

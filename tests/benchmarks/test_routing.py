@@ -95,3 +95,24 @@ def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
     assert same_hits(rows, simulated)["passed"]
     assert not same_hits([{**rows[0], "hits": rows[0]["hits"] + 1}, rows[1]], simulated)["passed"]
     assert same_hits(rows[:1], simulated)["passed"] is None
+
+
+def test_a_trace_is_scrambled_and_restored():
+    ids_NLK = torch.arange(5 * LAYERS * TOP_K, dtype=torch.int32).view(5, LAYERS, TOP_K) % EXPERTS
+    strategy = TraceReplay(ids_NLK)
+    strategy.scramble(None)
+
+    def step(tokens):
+        strategy.rewind()
+        return torch.stack([ask(strategy, tokens)[1] for _ in range(LAYERS)], 1)
+
+    assert torch.equal(step(5), ids_NLK)
+    strategy.scramble(0)
+    scrambled = step(5)
+    assert not torch.equal(scrambled, ids_NLK.int())
+    assert bool((scrambled[..., 0] != scrambled[..., 1]).all())
+    assert torch.equal(step(5), scrambled)
+    strategy.scramble(1)
+    assert not torch.equal(step(5), scrambled)
+    strategy.scramble(None)
+    assert torch.equal(step(5), ids_NLK.int())

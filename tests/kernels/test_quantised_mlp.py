@@ -14,7 +14,7 @@ from formats_of_tests import FORMATS, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.kernels._quantised_mlp_triton import _code_scale, _e2m1
+from vllm_moe_offload.kernels._decode_triton import code_scale, e2m1, scale_as
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
@@ -190,33 +190,35 @@ def test_the_same_bits_whatever_is_resident(case, split, device):
 
 
 @triton.jit
-def decode_kernel(codes, values, dtype: tl.constexpr):
+def decode_kernel(codes, values):
     code = tl.arange(0, 16)
-    tl.store(values + code, _e2m1(tl.load(codes + code), dtype).to(tl.float32))
+    tl.store(values + code, e2m1(tl.load(codes + code)))
 
 
-@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16, tl.float32], ids=str)
-def test_4_bit_floats_in_every_type(dtype, device):
-    """Interpreted, the products above decode to float32 alone."""
+def test_4_bit_floats(device):
     codes = torch.arange(16, dtype=torch.uint8, device=device)
     values = torch.empty(16, device=device)
-    decode_kernel[(1,)](codes, values, dtype)
+    decode_kernel[(1,)](codes, values)
     positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     assert values.tolist() == positive + [-v for v in positive]
 
 
 @triton.jit
-def code_scale_kernel(scales, values):
+def code_scale_kernel(scales, values, dtype: tl.constexpr):
     place = tl.arange(0, 256)
-    tl.store(values + place, _code_scale(tl.load(scales + place)))
+    raw = tl.load(scales + place)
+    scale = code_scale(raw) if dtype == tl.float32 else scale_as(raw, dtype).to(tl.float32)
+    tl.store(values + place, scale)
 
 
-def test_every_power_of_two(device):
+@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16], ids=str)
+def test_every_power_of_two(dtype, device):
     scales = torch.arange(256, dtype=torch.int16).to(torch.uint8).to(device)
     values = torch.empty(256, device=device)
-    code_scale_kernel[(1,)](scales, values)
-    assert values[:255].tolist() == [2.0 ** (e - 127) for e in range(255)]
-    assert bool(values[255].isnan())
+    code_scale_kernel[(1,)](scales, values, dtype)
+    smallest = 2.0**-127 if dtype == tl.float32 else 0.0
+    assert values[:255].tolist() == [smallest, *(2.0 ** (e - 127) for e in range(1, 255))]
+    assert bool(values[255].isnan() if dtype == tl.float32 else values[255].isinf())
 
 
 @given(

@@ -46,6 +46,14 @@ def make_loader(num_layers: int = 2):
     return Loader()
 
 
+@pytest.fixture(autouse=True)
+def reason(monkeypatch):
+    """Why the KV cache cannot be shared; None if it can."""
+    answer = SimpleNamespace(reason="it is a test")
+    monkeypatch.setattr(model_loader, "why_not_shared", lambda _config: answer.reason)
+    return answer
+
+
 def load(loader, options: dict | None, *, draft: bool = False):
     model_config = SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])
     config = SimpleNamespace(
@@ -113,3 +121,29 @@ def test_draft_model_with_experts_has_an_engine_of_its_own():
     loader = make_loader()
     load(loader, {}, draft=True)
     assert loader.engine._layers
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "borrows"),
+    [
+        ({}, None, True),
+        ({}, "it is a test", False),
+        ({"cache_fraction": 0.5}, None, False),
+        ({"gpu_gb": 1}, None, False),
+    ],
+)
+def test_who_borrows(reason, options, given, borrows):
+    reason.reason = given
+    loader = make_loader()
+    load(loader, options)
+    assert loader.engine.borrows == borrows
+    assert (sum(loader.engine.budget.slots) == 0) == borrows
+    assert loader.engine.not_shared == (given if not options else None)
+
+
+def test_a_draft_model_does_not_borrow(reason):
+    reason.reason = None
+    loader = make_loader()
+    load(loader, {}, draft=True)
+    assert not loader.engine.borrows
+    assert "draft" in loader.engine.not_shared

@@ -9,7 +9,7 @@ import vllm.v1.worker.gpu_worker
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.metrics import page, reporter
 from vllm_moe_offload.patches import cpu_worker, worker
@@ -33,6 +33,8 @@ class FakeEngine:
     def __init__(self, interval: float = 60.0) -> None:
         self.config = SimpleNamespace(stats_interval_s=interval, trace_path=None)
         self.device = torch.device("cpu")
+        self.borrows = False
+        self.shared_blocks = None
         self.policies = {"eviction": "lru"}
         self.after_warm_up, self.closed = [], 0
         self.steps = []
@@ -84,9 +86,16 @@ def make_class() -> type:
             self.calls.append("compile_or_warm_up_model")
             return 1.5
 
+        def initialize_from_config(self, kv_cache_config):
+            self.calls.append("initialize_from_config")
+
         def execute_model(self, scheduler_output):
             self.calls.append("execute_model")
             return scheduler_output
+
+        def sample_tokens(self, grammar_output):
+            self.calls.append("sample_tokens")
+            return grammar_output
 
         def sleep(self, level=1):
             self.calls.append(("sleep", level))
@@ -371,3 +380,58 @@ def test_engines_hear_of_steps_outside_graphs():
     assert engine.steps == [
         ("begins", 0, 8), ("ended", 0), ("begins", 9, 9), ("ended", 0),
     ]  # fmt: skip
+
+
+class FakeBorrowing:
+    """Notes what a worker tells its half of a shared KV cache."""
+
+    def __init__(self, owner, kv_cache_config, engine) -> None:
+        self.owner, self.kv_cache_config, self.engine = owner, kv_cache_config, engine
+
+    def follow(self, scheduler_output) -> None:
+        self.owner.calls.append("follow")
+
+    def attach(self, output):
+        return "with a report", output
+
+    def empty(self) -> None:
+        self.owner.calls.append("empty")
+
+
+@pytest.fixture
+def borrower(monkeypatch):
+    monkeypatch.setattr(worker, "Borrowing", FakeBorrowing)
+    engine = FakeEngine()
+    engine.borrows = True
+    made = loaded(engine)
+    made.initialize_from_config("cache")
+    made.calls.clear()
+    return made
+
+
+def test_the_served_model_borrows_once_the_cache_is_there(borrower):
+    borrowing = borrower.moe_offload_borrowing
+    assert borrowing.kv_cache_config == "cache"
+    assert borrowing.engine is borrower.moe_offload_engines[0]
+
+
+def test_nobody_borrows_unless_planned():
+    made = loaded(FakeEngine())
+    made.initialize_from_config("cache")
+    assert made.moe_offload_borrowing is None
+    assert made.sample_tokens("grammar") == "grammar"
+
+
+def test_orders_come_before_steps_and_reports_after(borrower):
+    assert borrower.execute_model(IDLE) == ("with a report", IDLE)
+    assert borrower.calls == ["follow", "execute_model"]
+    assert borrower.sample_tokens("grammar") == ("with a report", "grammar")
+
+
+def test_slots_are_emptied_before_sleep(borrower):
+    borrower.sleep(1)
+    assert borrower.calls == ["empty", ("sleep", 1)]
+
+
+def test_share_of_a_worker_that_offloads_nothing():
+    assert loaded().moe_offload_share() is None

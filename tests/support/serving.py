@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Server:
         port: where it listens, a free one by default.
         temporary: where its processes put temporary files.
         workers: tensor parallel size.
+        offload: what says how much memory slots get.
+        kv_bytes: of the KV cache.
     """
 
     def __init__(
@@ -49,13 +51,15 @@ class Server:
         port: int | None = None,
         temporary: Path | None = None,
         workers: int = 1,
+        offload: Sequence[str] = ("--moe-offload-cache-fraction", "0.25"),
+        kv_bytes: int = 64 << 20,
     ) -> None:
         port = port or free_port()
         # The plugin's option comes before the model here; the demo has it after.
-        command = [str(Path(sys.executable).parent / "vllm"), "serve", "--plugin", "moe-offload",
-                   str(path), "--moe-offload-cache-fraction", "0.25", "--dtype", "float32",
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve",
+                   "--plugin", "moe-offload", str(path), *offload, "--dtype", "float32",
                    "--enforce-eager", "--max-model-len", str(MAX_LENGTH), "--port", str(port),
-                   "--kv-cache-memory-bytes", str(64 << 20),
+                   "--kv-cache-memory-bytes", str(kv_bytes),
                    "--tensor-parallel-size", str(workers), *options]  # fmt: skip
         variables = env("olmoe", workers) | {"VLLM_SERVER_DEV_MODE": "1"}
         if temporary is not None:

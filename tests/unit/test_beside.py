@@ -148,6 +148,28 @@ def test_graphs_of_layers_and_of_steps_follow_each_other(
         assert streams.side.work > 0
 
 
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_graphs_of_several_sizes_are_captured_as_vllm_does(predictor, streams, monkeypatch):
+    """Pieces of every size, the largest first, each after a step without; then whole steps."""
+    engine = make(monkeypatch, cache_fraction=0.25, predictor=predictor)
+    sizes = (40, 12, 3, 1)
+    for is_whole in (False, True, False, True):
+        if engine._prefetch is not None:
+            monkeypatch.setattr(engine._prefetch, "_spans_layers", lambda: True)
+        for tokens in sizes:
+            run_step(engine, tokens)
+            if engine._prefetch is not None:
+                monkeypatch.setattr(engine._prefetch, "_spans_layers", lambda w=is_whole: w)
+            if is_whole:
+                with streams.capture():
+                    run_step(engine, tokens)
+                continue
+            for layer in range(L):
+                with streams.capture():
+                    run_layer(engine, layer, tokens)
+    assert streams.side.work > 0
+
+
 def test_prefetch_stays_open_until_the_next_layer(streams, monkeypatch):
     engine = make(monkeypatch, cache_fraction=0.5, predictor="markov", prefetch_mb=1)
     with pytest.raises(AssertionError, match="before it is joined"), streams.capture():

@@ -12,6 +12,8 @@ from vllm_moe_offload.errors import OffloadError
 REMEDIES = {
     "gpu_gb": "Give a positive number of GiB, or auto",
     "cache_fraction": "Give a number from 0",
+    "kv_floor": "Give a share of the KV cache from 0 to 1",
+    "kv_policy": "Give auto or fixed",
     "staging_mb": "Give a positive number of MiB, or auto",
     "policy": "Give adaptive or lru",
     "prefetch_mb": "Give a number of MiB, 0 to only count",
@@ -23,8 +25,8 @@ REMEDIES = {
     "allow_dense": "Give true or false",
 }
 NUMERIC = [
-    "gpu_gb", "cache_fraction", "staging_mb", "prefetch_mb", "stats_interval_s", "trace_file_mb",
-    "trace_interval_s",
+    "gpu_gb", "cache_fraction", "kv_floor", "staging_mb", "prefetch_mb", "stats_interval_s",
+    "trace_file_mb", "trace_interval_s",
 ]  # fmt: skip
 NO_NUMBERS = [
     math.nan, math.inf, -math.inf, "nan", "inf", "eight", "", "8 GiB", "1,5", [], [8], {}, True,
@@ -66,6 +68,10 @@ def test_bad_size(name, value):
         ("stats_interval_s", 1e12),
         ("cache_fraction", 1.001),
         ("cache_fraction", "auto"),
+        ("kv_floor", 1.001),
+        ("kv_floor", "auto"),
+        ("kv_policy", "dynamic"),
+        ("kv_policy", None),
         ("stats_interval_s", "auto"),
         ("trace_file_mb", 0),
         ("trace_file_mb", "auto"),
@@ -90,6 +96,9 @@ def test_out_of_range(name, value):
         ("cache_fraction", 0, 0.0),
         ("cache_fraction", "1", 1.0),
         ("cache_fraction", None, None),
+        ("kv_floor", "0", 0.0),
+        ("kv_floor", 1, 1.0),
+        ("kv_policy", "fixed", "fixed"),
         ("staging_mb", 1e-3, 1e-3),
         ("staging_mb", "auto", "auto"),
         ("stats_interval_s", 0, 0.0),
@@ -165,6 +174,17 @@ def test_two_sizes():
     assert "cache_fraction = 0.5" in message
     assert "gpu_gb = 4.0" in message
     assert "Give one of the two" in message
+
+
+@pytest.mark.parametrize("size", [{"gpu_gb": 4}, {"cache_fraction": 0.5}])
+@pytest.mark.parametrize("option", [{"kv_floor": 0.3}, {"kv_policy": "fixed"}])
+def test_sharing_beside_slots_of_their_own(size, option):
+    ((size_name, amount),), ((name, value),) = size.items(), option.items()
+    message = str(refusal({**size, **option}))
+    assert f"{name} = {value}: with {size_name} = {float(amount)} the slots have memory" in message
+    assert f"Drop {size_name}, or drop this option" in message
+    assert MoeOffloadConfig.parse(option).wants_to_borrow
+    assert not MoeOffloadConfig.parse(size).wants_to_borrow
 
 
 def test_fraction_beside_automatic_size():

@@ -2,7 +2,12 @@
 
 import json
 import re
+import shutil
+import subprocess
 from importlib.resources import files
+
+import promql_parser
+import pytest
 
 from vllm_moe_offload.metrics.families import PREFIX, families
 
@@ -63,3 +68,28 @@ def test_any_data_source_will_do():
     assert VARIABLES["datasource"]["type"] == "datasource"
     sources = [panel["datasource"]["uid"] for panel in DASHBOARD["panels"]]
     assert set(sources) == {"${datasource}"}
+
+
+def filled_in(query: str) -> str:
+    """A query as Grafana sends it."""
+    return query.replace("$model", ".*").replace("$__rate_interval", "5m")
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_query_is_promql(query):
+    assert "$" not in filled_in(query)
+    promql_parser.parse(filled_in(query))
+
+
+def test_what_is_no_promql_would_be_noticed():
+    with pytest.raises(ValueError, match="paren"):
+        promql_parser.parse(filled_in(QUERIES[0])[:-1])
+
+
+def test_promtool_takes_every_query(tmp_path):
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool, which comes with Prometheus, is not installed")
+    rules = [{"record": f"query:{n}", "expr": filled_in(q)} for n, q in enumerate(QUERIES)]
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    subprocess.run(["promtool", "check", "rules", file], check=True)

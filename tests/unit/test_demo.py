@@ -305,3 +305,11 @@ def test_command_line_needs_a_command(capsys):
         cli.main([])
     assert stop.value.code == 2
     assert "demo" in capsys.readouterr().err
+
+
+def test_vllm_without_its_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    words = ["-m", "vllm.entrypoints.cli.main", "serve", "m"]
+    assert command("m", "auto", True)[:5] == [sys.executable, *words]
+    (tmp_path / "vllm").touch()
+    assert command("m", "auto", True)[:3] == [str(tmp_path / "vllm"), "serve", "m"]

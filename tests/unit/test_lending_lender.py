@@ -152,3 +152,15 @@ def test_a_wish_that_shrinks_returns_what_was_held_for_it(pool, monkeypatch):
     lender.step_begins()
     assert len(lender.ledger.held) == 11
     assert len(pool.free) == 99 - 11
+
+
+def test_everything_opens_before_the_first_step(pool, monkeypatch):
+    lender = lender_of(pool, Yielding(20), monkeypatch, taken=3)
+    assert lender.opens() == Order(1, 20)
+    assert lender.ledger.lent == 20
+    assert lender.opens() is None
+
+
+def test_what_is_never_handed_back_opens_in_any_case(pool, monkeypatch):
+    lender = lender_of(pool, Yielding(0), monkeypatch, taken=3)
+    assert lender.opens() == Order(1, BOUNDARY.min_increments)

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.metrics import page
 from vllm_moe_offload.metrics.families import PREFIX, OffloadCollector
 from vllm_moe_offload.metrics.page import Page, Worker, layer_label
@@ -80,6 +80,7 @@ def test_metric_set():
         ("slots", "0", "0"): 2, ("slots", "0", "1"): 2,
         ("experts", "0", "0"): 8, ("experts", "0", "1"): 8,
         ("pool_bytes", "0"): 1600, ("slot_bytes", "0"): 400, ("staging_bytes", "0"): 200,
+        ("lent_bytes", "0"): 0,
         ("pcie_bytes_per_second", "0"): 2.5e10, ("snapshot_timestamp_seconds", "0"): 12.5,
         ("policy_info", "0", "lru", "eam"): 1,
     }  # fmt: skip
@@ -89,6 +90,12 @@ def test_every_worker_has_its_samples():
     one, two = samples([make_page(0)]), samples([make_page(0), make_page(1)])
     assert len(two) == 2 * len(one)
     assert ("pcie_bytes_per_second", "0") not in one
+
+
+def test_boundary_of_a_shared_cache():
+    found = samples([replace(make_page(), lent_bytes=300, boundary_block=70, kv_blocks=100)])
+    names = ("lent_bytes", "boundary_block", "kv_blocks")
+    assert [found[name, "0"] for name in names] == [300, 70, 100]
 
 
 def test_no_share_of_nothing():
@@ -234,6 +241,7 @@ class FakeEngine:
         self.config = SimpleNamespace(stats_interval_s=interval)
         self.hits = self.readings = 0
         self.torn = False
+        self.shared_blocks = None
 
     def layer_counts(self):
         return [replace(LAYER, active=LAYER.misses + self.hits, hits=self.hits)]

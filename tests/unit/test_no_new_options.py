@@ -5,6 +5,8 @@ from vllm_moe_offload.config import KEY, MoeOffloadConfig
 OPTIONS = {
     "gpu_gb": "auto",
     "cache_fraction": None,
+    "kv_floor": 0.1,
+    "kv_policy": "auto",
     "staging_mb": "auto",
     "policy": "adaptive",
     "predictor": "none",

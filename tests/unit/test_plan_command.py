@@ -114,7 +114,7 @@ def test_what_the_default_size_of_the_slots_does(capsys, moe):
     answer = plan_json(capsys, moe)
     assert answer["automatic"]["slots_per_layer"] == 4
     assert answer["automatic"]["slot_bytes"] == 4 * 4 * answer["row_bytes"]
-    with_auto = "With gpu_gb=auto, the default, 4 of 16 experts a layer have a slot, "
+    with_auto = "Where it cannot be shared, 4 of 16 experts a layer have a slot, "
     size = format_size(answer["automatic"]["slot_bytes"])
     assert f"{with_auto}{size} in all, which fits." in plan(capsys, moe)
     small = plan(capsys, moe, "--gpu-gb", "1.6", "--concurrency", "40")

@@ -167,3 +167,14 @@ def test_how_many_waves(monkeypatch):
     assert list(wave_starts(layer, 6, evict=True)) == []
     layer = build(E, 2, monkeypatch)._layers[0]
     assert list(wave_starts(layer, 99, evict=False)) == []
+
+
+def test_waves_count_on_no_slot_that_may_close(monkeypatch):
+    engine = build(6, 2, monkeypatch)
+    layer = engine._layers[0]
+    layer.residency.work.num_streams.fill_(E)
+    monkeypatch.setattr("torch.Tensor.device", torch.device("meta"))  # the bound of a graph
+    assert wave_starts(layer, 8, evict=True) == range(0, 2, 2)
+    layer.residency.least_open = 1
+    assert wave_starts(layer, 8, evict=True) == range(0, 7, 2)
+    assert wave_starts(layer, 99, evict=False) == range(0, E - 1, 2)

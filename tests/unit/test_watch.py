@@ -66,6 +66,14 @@ def test_sample_of_two_workers():
     assert (sample.running, sample.waiting) == (3, 1)
 
 
+def test_boundary_of_a_shared_cache():
+    shared = replace(page(0), lent_bytes=3 << 30, boundary_block=70, kv_blocks=100)
+    sample = parse(shared, replace(shared, worker=page(1).worker))
+    assert (sample.boundary_block, sample.kv_blocks) == (140, 200)
+    assert "70% below the boundary, 6 GiB lent to experts" in draw(sample, None)
+    assert "boundary" not in draw(parse(page(0)), None)
+
+
 def test_bound_is_unknown_if_one_link_is():
     assert parse(page(0), page(1, link=None)).link_bytes_per_s is None
 

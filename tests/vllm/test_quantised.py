@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from served import engine, generate, offloaded, tokens
 
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.plan.checkpoint import read_checkpoint
+from vllm_moe_offload.plan.model import describe
 from vllm_moe_offload.quantised_checkpoints import FORMATS, quantise_checkpoint
 
 MAX_TOKENS = 12
@@ -62,6 +64,12 @@ def run(path, form, share, **kwargs):
     return generations, stats
 
 
+def planned_pool(path):
+    """Bytes of the pool by the checkpoint's headers alone."""
+    layers = describe(read_checkpoint(str(path))).layers
+    return sum(layer.num_experts * layer.row_bytes(4) for layer in layers)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_same_tokens_as_stock_vllm_on_the_decoded_weights(quantised, form, monkeypatch):
     from vllm_moe_offload import layer
@@ -71,6 +79,8 @@ def test_same_tokens_as_stock_vllm_on_the_decoded_weights(quantised, form, monke
         expected = generate(llm, PROMPTS, MAX_TOKENS)
     actual, stats = run(quantised(form), form, 0.25)
     assert stats["misses"] > 0
+    if not form.startswith(("w", "gptq", "awq")):  # their scales have the served type, here wide
+        assert stats["pool_bytes"] == planned_pool(quantised(form))
     assert tokens(actual) == tokens(expected)
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=TOLERANCE)

@@ -75,7 +75,7 @@ def _compare(console: Console, model: str | None, dtype: str | None, form: str |
 def _serve(console: Console, model: str, dtype: str, on_cpu: bool, plugin: bool) -> Outcome:
     line = command(model, dtype, plugin)
     log = FOLDER / ("moe-offload.log" if plugin else "stock.log")
-    console.print(Text(f"$ vllm {shlex.join(line[1:])}"), soft_wrap=True)
+    console.print(Text(f"$ vllm {shlex.join(line[line.index('serve') :])}"), soft_wrap=True)
     with Server(line, environment(model, on_cpu, plugin), log) as server:
         with Progress(console) as progress:
             seconds = server.wait_until_healthy(progress)

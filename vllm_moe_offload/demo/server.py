@@ -31,7 +31,15 @@ def command(model: str, dtype: str, plugin: bool) -> list[str]:
     # Room for the demo's requests and little more: the rest of the memory is for the weights.
     sizes = ["--max-model-len", "1024", "--kv-cache-memory-bytes", "1G"]
     options = [*(offload if plugin else []), "--dtype", dtype, "--enforce-eager", *sizes]
-    return [str(Path(sys.executable).with_name("vllm")), "serve", model, *options]
+    return [*program(), "serve", model, *options]
+
+
+def program() -> list[str]:
+    """How vLLM's command is called in this environment, whether or not its script was installed."""
+    script = Path(sys.executable).with_name("vllm")
+    if script.exists():
+        return [str(script)]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def environment(model: str, on_cpu: bool, plugin: bool) -> dict[str, str]:

@@ -65,6 +65,22 @@ class Lender:
         self._taken_a_step = int(STALL_S * TAKEN_BLOCKS_PER_SECOND)
         self._back = 0
 
+    def opens(self) -> Order | None:
+        """Move the boundary to where the policy wants it before the first step.
+
+        Nothing is in use yet and nobody waits, so it goes all the way; what experts never hand
+        back is lent in any case.
+
+        Returns:
+            What the workers have to be told before that step.
+        """
+        withheld = -1
+        while withheld < self.ledger.num_withheld:
+            withheld = self.ledger.num_withheld
+            self.step_begins()
+        assert self.ledger.lent >= self._least, "blocks are in use before the first step"
+        return self.step_scheduled()
+
     def step_begins(self) -> None:
         """Move the boundary towards where the policy wants it, before requests are scheduled."""
         self._back = 0

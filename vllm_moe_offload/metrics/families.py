@@ -55,6 +55,18 @@ _LAYER_GAUGES: dict[str, tuple[str, Callable[[LayerCounts], float | None]]] = {
 _WORKER_GAUGES: dict[str, tuple[str, Callable[[Page], float | None]]] = {
     "pool_bytes": ("Host memory of all experts.", lambda page: page.pool_bytes),
     "slot_bytes": ("GPU memory of all slots.", lambda page: page.slot_bytes),
+    "lent_bytes": (
+        "What of it is borrowed from the KV cache now.",
+        lambda page: page.lent_bytes,
+    ),
+    "boundary_block": (
+        "First block of the KV cache that experts hold now; absent where it is not shared.",
+        lambda page: page.boundary_block,
+    ),
+    "kv_blocks": (
+        "Blocks of a KV cache that is shared; absent where it is not.",
+        lambda page: page.kv_blocks,
+    ),
     "staging_bytes": ("GPU memory of staging.", lambda page: page.staging_bytes),
     "pcie_bytes_per_second": (
         "What the GPU's PCIe link carries in one direction; absent if it is not known.",

@@ -37,7 +37,8 @@ class Page:
     """What a worker has counted up to ``time``, in seconds since the epoch.
 
     ``layers`` are labelled by ``layer_label``. ``pcie_bytes_per_s`` is the rate of the GPU's link
-    in one direction, None if it is not known.
+    in one direction, None if it is not known. ``boundary_block`` is the first of the KV cache's
+    ``kv_blocks`` that experts hold, None where it is not shared.
     """
 
     worker: Worker
@@ -48,6 +49,9 @@ class Page:
     staging_bytes: int
     policies: dict[str, str] = field(default_factory=dict)
     pcie_bytes_per_s: float | None = None
+    lent_bytes: int = 0
+    boundary_block: int | None = None
+    kv_blocks: int | None = None
 
     def write(self, path: Path) -> None:
         """Replace the file as a whole, so that nobody reads half of it."""

@@ -10,7 +10,8 @@ from operator import add
 from pathlib import Path
 
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.engine import EngineStats, OffloadEngine
+from vllm_moe_offload.engine import OffloadEngine
+from vllm_moe_offload.engine_stats import EngineStats
 from vllm_moe_offload.lifeline import Claim
 from vllm_moe_offload.metrics.page import Page, Worker, claim_page, layer_label
 from vllm_moe_offload.sizes import GIB
@@ -135,6 +136,8 @@ class Reporter:
         if self._path is None:
             return
         total = self._total()
+        # The model that drafts for the served one borrows nothing.
+        boundary, blocks = self._engines[0].shared_blocks or (None, None)
         page = Page(
             worker=self._worker,
             time=time.time(),
@@ -144,6 +147,9 @@ class Reporter:
             staging_bytes=total.staging_bytes,
             policies=self._engines[0].policies,
             pcie_bytes_per_s=self._link_rate(),
+            lent_bytes=total.lent_bytes,
+            boundary_block=boundary,
+            kv_blocks=blocks,
         )
         # A full disk must not end the statistics for good.
         with suppress(OSError):

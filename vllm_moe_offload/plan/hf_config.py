@@ -61,10 +61,16 @@ class HfConfig:
         return self.require(*LAYERS)
 
     @property
+    def quantization_config(self) -> Mapping[str, Any]:
+        """What the config says on quantised weights, empty for plain ones."""
+        found = self.get("quantization_config", "compression_config")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
     def quantization(self) -> str | None:
         """Method by which the weights are quantised, None for plain weights."""
-        found = self.get("quantization_config", "compression_config")
-        if not isinstance(found, Mapping):
+        found = self.quantization_config
+        if not found:
             return None
         return str(found.get("quant_method") or found.get("quant_algo") or "unknown")
 

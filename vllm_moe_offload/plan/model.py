@@ -7,7 +7,14 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.plan.checkpoint import Checkpoint
 from vllm_moe_offload.plan.hf_config import EXPERTS, TOP_K, HfConfig
 from vllm_moe_offload.plan.kv_cache import KvCache, kv_cache
-from vllm_moe_offload.plan.tensors import FLOATS, MoeLayer, Weights, is_unused, sort_tensors
+from vllm_moe_offload.plan.tensors import (
+    FLOATS,
+    MoeLayer,
+    Weights,
+    is_unused,
+    left_out_of_rows,
+    sort_tensors,
+)
 
 _ELEMENT_SIZES = {"float32": 4, "float": 4}
 
@@ -61,6 +68,7 @@ def describe(checkpoint: Checkpoint) -> Model:
         num_experts=config.count(*EXPERTS) if config.count(*EXPERTS) > 1 else 0,
         num_layers=config.num_layers,
         is_quantised=quantization is not None,
+        left_out=left_out_of_rows(config.quantization_config),
     )
     _check_experts(checkpoint, config, weights)
     names = checkpoint.config.get("architectures") or ["unknown architecture"]

@@ -56,7 +56,7 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
 
 
 def _automatic(plan: Plan) -> dict[str, int]:
-    """What the plugin does without an option that names the size of the slots."""
+    """What the plugin does by default where it cannot borrow from the KV cache."""
     return {
         "slots_per_layer": max(plan.automatic.slots),
         "slot_bytes": plan.automatic.slot_bytes,
@@ -142,10 +142,10 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
         )
     automatic = _automatic(plan)
     lacking = automatic["gpu_needed_bytes"] - plan.gpu_usable
+    yield "With gpu_gb=auto, the default, experts borrow what the KV cache leaves."
     yield (
-        f"With gpu_gb=auto, the default, {automatic['slots_per_layer']} of "
-        f"{plan.model.num_experts} experts a layer have a slot, "
-        f"{format_size(automatic['slot_bytes'])} in all, "
+        f"Where it cannot be shared, {automatic['slots_per_layer']} of {plan.model.num_experts} "
+        f"experts a layer have a slot, {format_size(automatic['slot_bytes'])} in all, "
         + (f"for which {format_size(lacking)} are lacking." if lacking > 0 else "which fits.")
     )
     if plan.all_in_slots:

@@ -8,9 +8,9 @@ Shared experts, routers and their biases are dense: every token uses them.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_moe_offload.headers import StoredTensor
 
@@ -31,7 +31,7 @@ _UP = re.compile(
     r"(?=[._]|$)(?P<kind>.*)"
 )
 
-_STAYS_BEHIND = re.compile(r"\.(weight_shape|g_idx|input_global_scale)$")
+_IN_NO_ROW = ("weight_shape", "g_idx", "input_global_scale")
 """Tensors of an expert that no row holds: they say nothing, or nothing that a product needs."""
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
@@ -104,7 +104,12 @@ class Weights:
 
 
 def sort_tensors(
-    tensors: Iterable[StoredTensor], *, num_experts: int, num_layers: int, is_quantised: bool
+    tensors: Iterable[StoredTensor],
+    *,
+    num_experts: int,
+    num_layers: int,
+    is_quantised: bool,
+    left_out: Sequence[str],
 ) -> Weights:
     """Sort a checkpoint's tensors.
 
@@ -113,6 +118,7 @@ def sort_tensors(
         num_experts: experts a layer by the config, 0 if it does not say.
         num_layers: decoder layers by the config; higher ones are draft layers.
         is_quantised: whether the weights stay in their stored types.
+        left_out: last parts of the names of an expert's tensors that no row holds.
     """
     tensors = list(tensors)
     num_experts = num_experts or _count_experts(tensors)
@@ -121,7 +127,9 @@ def sort_tensors(
     for tensor in tensors:
         part = _expert_part(tensor, num_experts)
         if part is not None:
-            layers[part.layer].add(tensor, part, _volume(tensor, is_quantised))
+            volume = _volume(tensor, is_quantised)
+            is_in_row = tensor.name.rpartition(".")[2] not in left_out
+            layers[part.layer].add(tensor, part, volume if is_in_row else None)
         else:
             dense_bytes += tensor.num_bytes
         if is_unused(tensor.name, num_layers):
@@ -137,6 +145,20 @@ def sort_tensors(
         layers=tuple(layer.finish(name) for name, layer in sorted(used.items(), key=_by_number)),
         expert_dtypes=tuple(sorted(set().union(*(layer.dtypes for layer in used.values())))),
     )
+
+
+def left_out_of_rows(quantization: Mapping[str, Any]) -> tuple[str, ...]:
+    """Last parts of the names of an expert's tensors that no row holds.
+
+    Args:
+        quantization: the config's entry on it, empty if it has none.
+    """
+    more = []
+    if quantization.get("quant_method") == "gptq" and quantization.get("sym", True):
+        more.append("qzeros")  # every one is the midpoint
+    if "nvfp4" in str(quantization.get("quant_algo", "")).lower():
+        more.append("input_scale")  # weights alone are quantised here
+    return (*_IN_NO_ROW, *more)
 
 
 class _Part(NamedTuple):
@@ -189,16 +211,16 @@ class _LayerSum:
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: NOTHING))
     )
 
-    def add(self, tensor: StoredTensor, part: _Part, volume: Volume) -> None:
-        """Count a tensor of this layer."""
+    def add(self, tensor: StoredTensor, part: _Part, volume: Volume | None) -> None:
+        """Count a tensor of this layer, with its volume in a row if a row holds it."""
         share = part.num_experts if part.expert is None else 1
         self.num_experts = max(self.num_experts, share, (part.expert or 0) + 1)
         self.stored_bytes += tensor.num_bytes
         self.dtypes.add(tensor.dtype)
         self.bytes_of[part.expert] += tensor.num_bytes // share
-        own = Volume(volume.fixed_bytes // share, volume.elements // share)
-        if _STAYS_BEHIND.search(tensor.name):
+        if volume is None:
             return
+        own = Volume(volume.fixed_bytes // share, volume.elements // share)
         parts = self.parts_of[part.expert]
         key = _row_tensor(part.tensor)
         parts[key] = add(parts[key], own)

@@ -47,6 +47,10 @@ class Sample:
     predicted_hits: float
     foreseeable: float
     slot_bytes: float
+    lent_bytes: float
+    boundary_block: float
+    """Added up over the workers that share their KV cache, like the blocks below."""
+    kv_blocks: float
     workers: int
     link_bytes_per_s: float | None
     policies: Mapping[str, str]
@@ -113,6 +117,9 @@ class Sample:
             predicted_hits=own("predicted_hits_total"),
             foreseeable=own("foreseeable_total"),
             slot_bytes=own("slot_bytes"),
+            lent_bytes=own("lent_bytes"),
+            boundary_block=own("boundary_block"),
+            kv_blocks=own("kv_blocks"),
             workers=len(workers),
             link_bytes_per_s=own("pcie_bytes_per_second") if links == len(workers) else None,
             policies=policies,

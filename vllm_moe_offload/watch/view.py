@@ -54,6 +54,10 @@ def _figures(sample: Sample, change: Change | None) -> Table:
     resident, slots = (sum(getattr(x, field) for x in layers) for field in ("resident", "slots"))
     in_use = f"{resident:.0f} of {slots:.0f} in use, {format_size(int(sample.slot_bytes))}"
     table.add_row("slots", in_use)
+    if sample.kv_blocks:
+        left = sample.boundary_block / sample.kv_blocks
+        lent = format_size(int(sample.lent_bytes))
+        table.add_row("KV cache", f"{left:.0%} below the boundary, {lent} lent to experts")
     return table
 
 

@@ -1,12 +1,10 @@
 """``vllm serve``, as the four systems made of it share it."""
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from peers.client import OpenAI
 from peers.peer import MODEL_NAME, NEEDS_GPU, Absent, Setup
-from vllm_moe_offload.demo.server import environment
+from vllm_moe_offload.demo.server import environment, program
 
 
 class VllmServer:
@@ -43,12 +41,12 @@ class VllmServer:
             "--gpu-memory-utilization": 0.05,  # of no meaning beside the size above, but checked
         }
         return [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(setup.checkpoint),
+            *program(), "serve", str(setup.checkpoint),
             "--served-model-name", MODEL_NAME, "--dtype", setup.dtype,
             "--no-enable-prefix-caching",
             *(str(word) for option in sizes.items() for word in option),
             *([] if setup.has_gpu else ["--enforce-eager"]),
-            *self.options(setup),
+            *self.options(setup), *setup.vllm_options,
         ]  # fmt: skip
 
     def environment(self, setup: Setup) -> Mapping[str, str]:

@@ -1,0 +1,149 @@
+"""The pages agree with the code: links, options, metrics, messages and figures."""
+
+import ast
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from documented import PAGES, ROOT, anchors, inline_code, links, prose
+
+from vllm_moe_offload.metrics.families import families
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_the_index_has_every_page():
+    index = ROOT / "docs/README.md"
+    listed = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
+    results = {page for page in PAGES if page != index}
+    assert results <= listed
+
+
+def test_page_of_options_is_what_the_generator_writes():
+    file = ROOT / "docs/generate_options.py"
+    spec = importlib.util.spec_from_file_location("generate_options", file)
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert generator.PAGE.read_text() == generator.page(), "run make docs"
+
+
+def test_every_metric_is_explained():
+    suffixes = {"counter": "_total", "info": "_info"}
+    exposed = {family.name + suffixes.get(family.type, "") for family in families([])}
+    named = set(inline_code(ROOT / "docs/metrics.md"))
+    assert {name.removeprefix("vllm_moe_offload_") for name in exposed} <= named
+
+
+# Messages.
+
+SHORTEST = 8
+"""Letters of a piece of a message below which it could stand anywhere."""
+
+
+@cache
+def texts_of_the_code() -> tuple[str, ...]:
+    """All strings of the source, with ``...`` for what is filled in."""
+    files = [file for folder in ("vllm_moe_offload", "kernels", "patches")
+             for file in ROOT.glob(f"{folder}/**/*.py")]  # fmt: skip
+    return tuple(text for file in files for text in strings(ast.parse(file.read_text())))
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.sub(r"%\w", "...", node.value)
+        if isinstance(node, ast.JoinedStr):
+            parts = (p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+            yield "".join(parts)
+
+
+def messages() -> list[str]:
+    """What the first column of the tables of messages quotes, but for what others say."""
+    found, is_message = [], False
+    for line in prose(ROOT / "docs/troubleshooting.md").splitlines():
+        if not line.startswith("|"):
+            is_message = False
+            continue
+        first = line.split("|")[1]
+        is_message = is_message or first.strip() == "message"
+        if "(from vLLM)" not in first:
+            found += re.findall(r"`([^`]+)`", first) if is_message else []
+    return found
+
+
+def test_messages_are_looked_for():
+    assert len(messages()) > 35
+
+
+@pytest.mark.parametrize("message", messages())
+def test_message_is_one_of_the_code(message):
+    pieces = [piece.strip(" ():;,.") for piece in message.split("...")]
+    known = [piece for piece in pieces if len(piece) >= SHORTEST]
+    assert known, "too short to be looked for"
+    for piece in known:
+        assert any(piece in text for text in texts_of_the_code()), piece
+
+
+def test_a_message_that_is_not_there_would_be_noticed():
+    assert not any("the moon is in the way" in text for text in texts_of_the_code())
+
+
+# Figures.
+
+CONFIGURATIONS = {
+    "vLLM, all experts on the GPU": ("resident", ""),
+    "this plugin, half of them in slots": ("plugin 0.5", ""),
+    "vLLM `--cpu-offload-gb`, half of them on the GPU": ("cpu-offload 0.5", ""),
+    "this plugin, a quarter": ("plugin 0.25", ""),
+    "vLLM `--cpu-offload-gb`, a quarter": ("cpu-offload 0.25", ""),
+    "this plugin, half, routing confined to a half": ("plugin 0.5", ", confined"),
+    "vLLM `--cpu-offload-gb`, half, the same routing": ("cpu-offload 0.5", ", confined"),
+}
+
+
+def seconds(rows: list[dict], configuration: str, case: str) -> float:
+    (row,) = [r for r in rows if (r["configuration"], name_of(r)) == (configuration, case)]
+    return row["seconds"]
+
+
+def name_of(row: dict) -> str:
+    size = row.get("batch", row.get("tokens", ""))
+    return f"{row['case']} {size}{', confined' if row.get('confined') else ''}"
+
+
+def test_results_are_those_of_the_file():
+    rows = json.loads((ROOT / "benchmarks/results/growth.json").read_text())["rows"]
+    lines = [line.split("|")[1:4] for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith(("| vLLM", "| this plugin"))]  # fmt: skip
+    assert [name.strip() for name, _, _ in lines] == list(CONFIGURATIONS)
+    for name, decode, prefill in lines:
+        configuration, kind = CONFIGURATIONS[name.strip()]
+        shown = dict(zip((f"decode {n}{kind}" for n in (1, 8, 32)), decode.split("/"), strict=True))
+        scale = dict.fromkeys(shown, 1e3)
+        if prefill.strip():
+            shown |= zip(("prefill 8192", "prefill 32768"), prefill.split("/"), strict=True)
+        for case, figure in shown.items():
+            if figure.strip() == "-":
+                assert "confined" in case
+                continue
+            exact = seconds(rows, configuration, case) * scale.get(case, 1)
+            assert f"{exact:.3g}" == f"{float(figure):.3g}", (name, case)
+
+
+def test_pages_name_no_file_of_a_machine():
+    for page in PAGES:
+        assert not re.search(r"(?<!\w)/(home|root|tmp|work)/", Path(page).read_text()), page

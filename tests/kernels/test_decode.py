@@ -1,0 +1,121 @@
+"""The PTX that decodes 4-bit codes, run instruction by instruction as PTX defines them.
+
+The interpreter knows no inline assembly, so that the products in ``test_quantised_mlp`` run these
+instructions on a GPU alone.
+"""
+
+import struct
+
+import pytest
+import torch
+
+from vllm_moe_offload.kernels._decode_triton import _floats, _integers
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+MAGIC = {"bf16": 128, "f16": 1024}
+
+
+def permute(a: int, b: int, selector: int) -> int:
+    source = struct.pack("<II", a, b)
+    picked = [source[selector >> 4 * n & 7] for n in range(4)]
+    assert not any(selector >> 4 * n & 8 for n in range(4)), "replicates signs"
+    return int.from_bytes(bytes(picked), "little")
+
+
+def bitwise(a: int, b: int, c: int, table: int) -> int:
+    places = ((a >> n & 1) << 2 | (b >> n & 1) << 1 | c >> n & 1 for n in range(32))
+    return sum((table >> place & 1) << n for n, place in enumerate(places))
+
+
+def halves(word: int, dtype: torch.dtype) -> torch.Tensor:
+    signed = [half - (half >> 15 << 16) for half in (word & 0xFFFF, word >> 16)]
+    return torch.tensor(signed, dtype=torch.int16).view(dtype).double()
+
+
+def fused(a: int, b: int, c: int, dtype: torch.dtype) -> int:
+    # A product of 11-bit mantissas and a sum of such fit float64, so that one rounding is left.
+    exact = halves(a, dtype) * halves(b, dtype) + halves(c, dtype)
+    low, high = (int(half) & 0xFFFF for half in exact.to(dtype).view(torch.int16))
+    return low | high << 16
+
+
+def executed(operation: str, a: int, *others: int) -> int:
+    kind, _, rest = operation.partition(".")
+    if kind == "fma":
+        return fused(a, *others, DTYPES[rest.removeprefix("rn.").removesuffix("x2")])
+    return {
+        "mov": lambda: a,
+        "and": lambda: a & others[0],
+        "shl": lambda: a << others[0] & 0xFFFFFFFF,
+        "shr": lambda: a >> others[0],
+        "prmt": lambda: permute(a, *others),
+        "lop3": lambda: bitwise(a, *others),
+    }[kind]()
+
+
+def run(assembly: str, *inputs: int) -> list[int]:
+    registers = {f"${n + 2}": value for n, value in enumerate(inputs)}
+    for line in assembly.strip("{ }").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        target, *operands = rest.replace(" ", "").split(",")
+        values = [registers[o] if o in registers else int(o, 0) for o in operands]
+        registers[target] = executed(operation, *values)
+    return [registers["$0"], registers["$1"]]
+
+
+def twice(value: float, dtype: torch.dtype) -> int:
+    (half,) = torch.tensor([value]).to(dtype).view(torch.int16).tolist()
+    return (half & 0xFFFF) * 0x10001
+
+
+def decoded(assembly: str, dtype: torch.dtype, *operands: int) -> torch.Tensor:
+    """All bytes through the assembly, four at a time."""
+    words = [int.from_bytes(bytes(range(first, first + 4)), "little") for first in range(0, 256, 4)]
+    values = [halves(half, dtype) for word in words for half in run(assembly, word, *operands)]
+    return torch.cat(values)
+
+
+def codes(odd: bool) -> torch.Tensor:
+    return torch.arange(256) >> 4 if odd else torch.arange(256) & 15
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("of", DTYPES)
+def test_integers(of, odd):
+    dtype, zero = DTYPES[of], 7
+    minus = twice(-MAGIC[of] - zero, dtype)
+    values = decoded(_integers(of, odd=odd, scaled=False), dtype, minus, minus)
+    assert torch.equal(values, (codes(odd) - zero).double())
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("of", DTYPES)
+def test_scaled_integers_round_once(of, odd):
+    dtype, zero, scale = DTYPES[of], 8, torch.tensor(0.0137).to(DTYPES[of])
+    operands = twice(-MAGIC[of] - zero, dtype), twice(float(scale), dtype)
+    doubled = [operand for operand in operands for _ in range(2)]
+    values = decoded(_integers(of, odd=odd, scaled=True), dtype, *doubled)
+    expected = (codes(odd) - zero).double() * scale.double()
+    assert torch.equal(values, expected.to(dtype).double())
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("exponent", [-12, 0, 5])
+@pytest.mark.parametrize("of", DTYPES)
+def test_4_bit_floats(of, exponent, odd):
+    dtype = DTYPES[of]
+    scale = twice(2.0**exponent, dtype)
+    values = decoded(_floats(of, odd=odd), dtype, scale, scale)
+    expected = torch.tensor(E2M1, dtype=torch.float64)[codes(odd)] * 2.0**exponent
+    assert torch.equal(values, expected)
+
+
+def test_large_and_small_scales_of_4_bit_floats():
+    for exponent in (-120, 60, 120):
+        scale = twice(2.0**exponent, torch.bfloat16)
+        values = decoded(_floats("bf16", odd=False), torch.bfloat16, scale, scale)
+        assert values[7] == 6.0 * 2.0**exponent
+        assert values[9] == -0.5 * 2.0**exponent

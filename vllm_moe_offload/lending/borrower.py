@@ -1,0 +1,84 @@
+"""The workers' half: carries out orders on a worker's slots, in the order of its compute stream."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_moe_offload.lending.boundary import Boundary
+from vllm_moe_offload.lending.orders import Follower, Order, Report
+from vllm_moe_offload.residency import Residency
+
+
+class Borrower:
+    """Opens and closes the slots of all layers, and zeroes what goes back.
+
+    The increments that are never handed back are open from the start: graphs count on them.
+
+    Args:
+        boundary: where slots lie in the buffer.
+        buffer: the KV cache's, one-dimensional, of any one-byte type; zeros.
+        residencies: of every layer, with as many slots as can ever be borrowed.
+        settle: lets the compute stream wait for what goes on beside it, and forgets plans that
+            were made for the slots as they are.
+    """
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        buffer: Tensor,
+        residencies: Sequence[Residency],
+        settle: Callable[[], None],
+    ) -> None:
+        self.boundary = boundary
+        self._bytes = buffer.view(torch.uint8)
+        self._residencies = residencies
+        self._settle = settle
+        self._follower = Follower(boundary)
+        self._open_from(self._first_open)
+
+    @property
+    def increments(self) -> int:
+        """Slots of every layer that are open."""
+        return max(self._follower.increments, self.boundary.min_increments)
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of the slots that are open, all layers together."""
+        return self.increments * self.boundary.increment_bytes
+
+    def follow(self, order: Order) -> None:
+        """Carry out the order of a step before anything else of the step is queued.
+
+        Raises:
+            ProtocolError: an order before this one was lost, or came twice.
+        """
+        assert order.increments >= self.boundary.min_increments, f"{order} is below the least"
+        move = self._follower.follow(order)
+        self._settle()
+        self._open_from(move.first_open)
+        self._bytes[move.zeroed.start : move.zeroed.stop].zero_()
+
+    def empty(self) -> None:
+        """Let no slot hold anything, because the buffer's content is about to be discarded."""
+        self._settle()
+        for residency in self._residencies:
+            residency.empty()
+
+    def report(self, miss_bytes: int = 0, bytes_per_second: float = 0.0) -> Report:
+        """Say what was carried out, and what was measured since the start."""
+        return self._follower.report(miss_bytes, bytes_per_second)
+
+    def check_integrity(self) -> None:
+        """Raise unless every layer uses the slots above the boundary and no other."""
+        for residency in self._residencies:
+            assert residency.num_slots == self.boundary.max_increments
+            assert residency.first_open == self._first_open, "a layer has another boundary"
+
+    @property
+    def _first_open(self) -> int:
+        return self.boundary.slots(0, self.increments).start
+
+    def _open_from(self, first: int) -> None:
+        for residency in self._residencies:
+            residency.open_from(first)
