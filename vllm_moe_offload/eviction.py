@@ -18,7 +18,7 @@ from vllm_moe_offload.kernels.candidates import (
     SOON,
 )
 from vllm_moe_offload.kernels.learn import AS_LRU, ORDERS, AdaptiveTables, Standing
-from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.kernels.operations import Operations, operations_for
 from vllm_moe_offload.kernels.resolve import EvictionOrder
 
 
@@ -95,3 +95,27 @@ class AdaptiveEviction:
         assert bool(((tables.row_L >= 0) & (tables.row_L < ORDERS)).all()), "there is no such order"
         ceiling = HIT * (sum(self._num_slots) + tables.num_layers)
         assert int(tables.standing[Standing.BALANCE]) <= ceiling, "the balance is above its ceiling"
+
+
+def make_eviction(
+    policy: str,
+    num_experts: Sequence[int],
+    num_slots: Sequence[int],
+    least_open: int | None,
+    device: torch.device,
+) -> AdaptiveEviction | None:
+    """What the option asks for; None for LRU, and where nobody is ever evicted.
+
+    Args:
+        policy: the option.
+        num_experts: local experts of each layer.
+        num_slots: slots of each layer.
+        least_open: slots of every layer that never close, None if none ever does.
+        device: where the tables live.
+    """
+    open_ = num_slots if least_open is None else [least_open] * len(num_slots)
+    # Where all experts have slots, or none has, nobody loses one.
+    evicts = any(s > 0 and o < e for e, s, o in zip(num_experts, num_slots, open_, strict=True))
+    if policy != "adaptive" or not evicts:
+        return None
+    return AdaptiveEviction(num_experts, num_slots, device, operations_for(device))

@@ -17,7 +17,7 @@ from vllm_moe_offload.kernels.candidates import CANDIDATES, HIT, LRU, SEQUEL, SO
 from vllm_moe_offload.kernels.learn import AS_LRU, Standing
 from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.kernels.resolve import CLOSED, NOWHERE, resolve_torch
-from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.residencies import Residencies
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule
 from vllm_moe_offload.trace import load
@@ -32,10 +32,7 @@ class Layers:
         self.eviction = (
             AdaptiveEviction(experts, slots, HOST, TORCH) if policy == "adaptive" else None
         )
-        self.residency = [
-            Residency(e, s, HOST, self.eviction.order(layer) if self.eviction else None)
-            for layer, (e, s) in enumerate(zip(experts, slots, strict=True))
-        ]
+        self.residency = Residencies(experts, slots, HOST, self.eviction)
 
     def step(self, ids_LTK, *, evict: bool = True) -> None:
         for residency, ids_TK in zip(self.residency, ids_LTK, strict=True):
@@ -50,8 +47,7 @@ class Layers:
         return sum(residency.counts()[name] for residency in self.residency)
 
     def check_integrity(self) -> None:
-        for residency in self.residency:
-            residency.check_integrity()
+        self.residency.check_integrity()
         if self.eviction:
             self.eviction.check_integrity()
 
@@ -316,8 +312,7 @@ def test_slots_may_open_and_close(steps):
     layers.eviction.tables.standing[Standing.BALANCE] = 14 * HIT
     for what in steps:
         if isinstance(what, int):
-            for residency in layers.residency:
-                residency.open_from(what)
+            layers.residency.open_from(what)
         else:
             layers.step([[what]] * 2)
             lru_L = ((layers.eviction.tables.held_LE >> LRU) & 1).sum(1)
@@ -330,8 +325,7 @@ def test_closing_slots_is_no_loss():
     layers = Layers([12, 12], [6, 6])
     for step in range(20):
         layers.step([[list(range(step % 2, step % 2 + 6))]] * 2)
-    for residency in layers.residency:
-        residency.open_from(3)
+    layers.residency.open_from(3)
     before = layers.balance
     layers.step([[[0, 1, 2]]] * 2)
     assert before <= layers.balance < before + HIT
