@@ -173,6 +173,14 @@ def test_gains_where_counts_help(name):
     assert above[0] > 0.02
 
 
+@pytest.mark.parametrize("name", ["cycle 36", "cycle 64"])
+def test_a_loop_larger_than_the_cache(name):
+    """Of which LRU holds nothing when it comes round again."""
+    above, captured = gains(trace_of(MADE[name], EXPERTS))
+    assert above.max() > 0.25
+    assert captured.max() > 0.35
+
+
 def test_static_popularity_is_learned():
     _, captured = gains(trace_of(MADE["zipf"], EXPERTS))
     assert captured.min() > 0.15
@@ -183,15 +191,17 @@ def test_static_popularity_is_learned():
 def test_recorded_tasks(name):
     above, captured = gains(load(*recorded(name)))
     assert above.min() > 0.015
-    assert captured[0] > 0.125
-    assert captured[1:].min() > 0.2
+    assert captured[0] > 0.135
+    assert captured[1:].min() > 0.28
 
 
 @pytest.mark.traces
 def test_recorded_chat():
     above, captured = gains(load(*recorded("qwen3-30b-a3b.chat")))
     assert above.min() >= 0
-    assert captured[:2].min() > 0.15
+    assert captured[:2].min() > 0.2
+    # With half of the experts in slots LRU is within 0.005 of the bound, with more within 0.001.
+    assert captured[2] > 0.14
 
 
 @pytest.mark.traces
