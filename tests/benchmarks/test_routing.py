@@ -93,7 +93,7 @@ def engine_for(trace, share):
 def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
     trace = random_trace(3, tokens=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K)
     trace.save(tmp_path / "trace.npz")
-    replayed = 40
+    replayed = 20
     ids_NLK = torch.from_numpy(trace.expert_ids.astype("int32"))
     rows = []
     for share in (0.5, 0.25):
@@ -105,7 +105,7 @@ def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
                     weights, ids = ask(strategy, 1)
                     engine.run(layer, torch.zeros(1, 4), weights, ids)
 
-        steps(7)  # a warm-up that leaves residents behind
+        steps(3)  # a warm-up that leaves residents behind
         empty_slots(engine)
         strategy.rewind()
         assert engine.stats().resident == engine.stats().active == 0

@@ -1,6 +1,7 @@
 """The policy that must never be far below LRU, on traffic made to mislead it and on real one."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -229,6 +230,8 @@ def test_recorded_short_pieces(seed):
 
 @pytest.mark.traces
 def test_lru_replays_a_million_accesses_a_second():
-    # Half of the goal, since other work may run on the machine of the tests.
-    result = replay(load(*recorded("deepseek-v2-lite.intent")), "lru", [0.25])
-    assert result.accesses / result.seconds > 500_000
+    trace = load(*recorded("deepseek-v2-lite.intent"))
+    start = time.process_time()
+    result = replay(trace, "lru", [0.25])
+    # Three quarters of the goal, since other work on the machine takes caches and clock.
+    assert result.accesses / (time.process_time() - start) > 750_000
