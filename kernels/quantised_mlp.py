@@ -31,6 +31,12 @@ from vllm_moe_offload.kernels.formats import (
 )
 from vllm_moe_offload.kernels.quantised_tiles import QuantisedTiles, quantised_tiles
 
+SMALLEST_BLOCK = 16
+"""Pairs of a block at least."""
+
+ROUNDED_AT_ONCE = 2048
+"""Values that a program rounds at most: rows one by one would make more programs than work."""
+
 
 @dataclass(frozen=True)
 class QuantisedWeights:
@@ -141,8 +147,9 @@ def quantise_inputs(x_TH: Tensor, form: ExpertFormat, tiles: QuantisedTiles) -> 
     (tokens, hidden), group = x_TH.shape, _group(form, x_TH.shape[1])
     codes, scale_TG = _empty_inputs(tokens, hidden, group, x_TH.device)
     if tokens:
-        quantise_rows_kernel[(tokens, scale_TG.shape[1])](
-            x_TH, x_TH.stride(0), codes, scale_TG, **_grouping(form, hidden)
+        options = _grouping(form, hidden)
+        quantise_rows_kernel[(triton.cdiv(tokens, options["ROWS"]), scale_TG.shape[1])](
+            x_TH, x_TH.stride(0), codes, scale_TG, tokens, **options
         )
     return QuantisedInputs(codes, scale_TG)
 
@@ -158,10 +165,11 @@ def _empty_inputs(rows: int, terms: int, group: int, device: torch.device) -> tu
 
 def _grouping(form: ExpertFormat, terms: int) -> dict[str, Any]:
     group = _group(form, terms)
+    block = triton.next_power_of_2(group)
     return {
-        "WIDTH": terms, "GROUP": group, "BLOCK": triton.next_power_of_2(group),
-        "OF_MAXIMUM": form.inputs == "group", "ROUND": _interpreted(),
-        "num_warps": 1 if group <= 256 else 4,
+        "WIDTH": terms, "GROUP": group, "BLOCK": block,
+        "ROWS": max(1, min(SMALLEST_BLOCK, ROUNDED_AT_ONCE // block)),
+        "OF_MAXIMUM": form.inputs == "group", "ROUND": _interpreted(), "num_warps": 4,
     }  # fmt: skip
 
 
@@ -272,10 +280,11 @@ class Step:
         codes, scale_PG = _empty_inputs(
             self.num_pairs, intermediate, _group(form, intermediate), hidden_PI.device
         )
-        quantise_pairs_kernel[(self.num_blocks * self.config.block_m, scale_PG.shape[1])](
-            hidden_PI, codes, scale_PG, *self._lists, BLOCK_M=self.config.block_m,
-            **_grouping(form, intermediate),
-        )  # fmt: skip
+        options = _grouping(form, intermediate)
+        programs = self.num_blocks * self.config.block_m // options["ROWS"]
+        quantise_pairs_kernel[(programs, scale_PG.shape[1])](
+            hidden_PI, codes, scale_PG, *self._lists, BLOCK_M=self.config.block_m, **options
+        )
         return QuantisedInputs(codes, scale_PG)
 
     def down(self, inner: QuantisedInputs, out_PH: Tensor) -> None:
