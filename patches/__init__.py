@@ -28,6 +28,7 @@ SEAMS = {
     "engine_startup": "vllm.v1.engine.utils",
     "cut_off": "vllm.v1.engine.async_llm",
     "engine_process": "vllm.v1.engine.core",
+    "engine_signals": "vllm.v1.engine.core",
     "worker_process": "vllm.v1.executor.multiproc_executor",
     "api_server_process": "vllm.v1.utils",
     "worker": "vllm.v1.worker.gpu_worker",

@@ -30,5 +30,10 @@ def run_tied(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def tie(additional_config: Any) -> None:
     """Tie this process to its parent if the server offloads."""
-    if isinstance(additional_config, dict) and KEY in additional_config:
+    if offloads(additional_config):
         end_with_parent()
+
+
+def offloads(additional_config: Any) -> bool:
+    """Whether the server with this configuration offloads."""
+    return isinstance(additional_config, dict) and KEY in additional_config
