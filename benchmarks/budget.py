@@ -47,7 +47,7 @@ def sizes(tiny: bool) -> dict[str, Any]:
     if tiny:
         return {
             "kv_bytes": 3 * MIB, "max_model_len": 640, "chunk": 128, "turns": 2, "question": 20,
-            "answer": 8, "users": 8, "prompt": 100, "short_answer": 4, "document": 500,
+            "answer": 8, "users": 24, "prompt": 100, "short_answer": 4, "document": 500,
         }  # fmt: skip
     return {
         "kv_bytes": int(5.6 * GIB), "max_model_len": 102_400, "chunk": 8192, "turns": 6,
@@ -161,7 +161,7 @@ def measure(
             "processes": processes,
         }
         out.write_text(json.dumps(result, indent=1) + "\n")
-    budget_plot.draw(result, out.with_suffix(".svg"))
+        budget_plot.draw(result, out.with_suffix(".svg"))
     return result
 
 

@@ -13,8 +13,9 @@ import routing
 import timed_server
 from budget import BUDGET_SHAPES
 from kv_layout_cost import measure_layouts
+from server import Server, fill_dummies_quickly, moved
 from shapes import SHAPES
-from timed_server import Server, Talk, fill_dummies_quickly
+from timed_server import Talk
 
 SAMPLE_S = 0.2
 """Seconds between two points of the plot."""
@@ -118,7 +119,7 @@ class PhasedServer(Server):
         row["seconds"] = time.perf_counter() - start
         row["generated_tokens"] = self._generated - generated
         row["slots_at_the_end"] = self._borrower.increments
-        row |= timed_server._moved(before, self.stats(), 1)
+        row |= moved(before, self.stats(), 1)
 
     def _serve(self, asked: Iterable[tuple[list[int], int]]) -> list[tuple[float, list[int]]]:
         """Serve requests at once; each one's wait for its first token, and its answer."""

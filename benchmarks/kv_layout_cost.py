@@ -4,10 +4,12 @@ FlashAttention as vLLM's backend calls it, for decode steps over paged keys and 
 are in random order, all layers of a model one after the other in one CUDA graph. Both layouts are
 views of the same memory.
 
-Legend: L layers, B blocks, N tokens of a block, H heads of keys and values, D head size.
+Legend: L layers, B blocks, N tokens of a block, H heads of keys and values, D head size, C both
+heads of a token, 2 D.
 """
 
 import random
+import statistics
 from typing import Any
 
 import torch
@@ -27,35 +29,44 @@ def measure_layouts(*, tiny: bool) -> list[dict[str, Any]]:
     rows = []
     blocks = max(batch * context for batch, context in CASES) // N
     memory = torch.empty(blocks * LAYERS * N * H * 2 * D, dtype=torch.bfloat16, device="cuda")
-    memory.normal_()
-    layouts = {
-        "layers outermost": memory.view(LAYERS, blocks, N, H, 2 * D),
-        "blocks outermost": memory.view(blocks, LAYERS, N, H, 2 * D).transpose(0, 1),
-    }
+    caches = layouts(memory.normal_(), blocks)
     for batch, context in CASES:
-        graphs = {name: _graph(cache, batch, context) for name, cache in layouts.items()}
+        graphs = {name: _graph(cache, batch, context) for name, cache in caches.items()}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         # In turns, so that whatever changes meanwhile meets both.
         for _ in range(ROUNDS):
             for name, graph in graphs.items():
                 times[name].append(_seconds(graph))
-        seconds = {name: sorted(found)[ROUNDS // 2] for name, found in times.items()}
-        cost = seconds["blocks outermost"] / seconds["layers outermost"]
-        rows.append(
-            {"case": "layout", "batch": batch, "context": context, "cost": cost,
-             "seconds": seconds}
-        )  # fmt: skip
+        rows.append({"batch": batch, "context": context, **row_of(times)})
     return rows
+
+
+def layouts(memory: Tensor, blocks: int) -> dict[str, Tensor]:
+    """View memory as a cache in both layouts, each [L, B, N, H, 2 D], keys before values."""
+    return {
+        "layers outermost": memory.view(LAYERS, blocks, N, H, 2 * D),
+        "blocks outermost": memory.view(blocks, LAYERS, N, H, 2 * D).transpose(0, 1),
+    }
+
+
+def random_pages(batch: int, context: int, blocks: int) -> Tensor:
+    """Blocks of each sequence in no order, int32 [batch, pages], none of them twice."""
+    ids, pages = list(range(blocks)), context // N
+    random.Random(batch * context).shuffle(ids)
+    return torch.tensor(ids[: batch * pages], dtype=torch.int32).view(batch, pages)
+
+
+def row_of(times: dict[str, list[float]]) -> dict[str, Any]:
+    """The medians of both layouts' rounds, and what the one costs over the other."""
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    cost = seconds["blocks outermost"] / seconds["layers outermost"]
+    return {"case": "layout", "cost": cost, "seconds": seconds}
 
 
 def _graph(cache_LBNHC: Tensor, batch: int, context: int) -> torch.cuda.CUDAGraph:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    generator = random.Random(batch * context)
-    ids = list(range(cache_LBNHC.shape[1]))
-    generator.shuffle(ids)
-    pages = context // N
-    table = torch.tensor(ids[: batch * pages], dtype=torch.int32).view(batch, pages).cuda()
+    table = random_pages(batch, context, cache_LBNHC.shape[1]).cuda()
     query = torch.randn(batch, HEADS, D, dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(query)
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")

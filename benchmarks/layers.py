@@ -202,13 +202,13 @@ def resolve_time(engine: Any, tokens: int) -> float:
     """
     from vllm_moe_offload.eviction import AdaptiveEviction
     from vllm_moe_offload.kernels.dispatch import Dispatch
-    from vllm_moe_offload.residency import Residency
+    from vllm_moe_offload.kernels.resolve import ResidencyTables, WorkList
 
     ids = uniform(1, tokens)[0]
     part = engine._layers[0]
     order = AdaptiveEviction([EXPERTS], [EXPERTS], DEVICE, part.operations).order(0)
-    residency = Residency(EXPERTS, EXPERTS, DEVICE, order)
-    tables, work, do = residency.tables, residency.work, part.operations
+    tables = ResidencyTables.empty(EXPERTS, EXPERTS, DEVICE, order)
+    work, do = WorkList.empty(EXPERTS, DEVICE), part.operations
     lists = None
     if do.sorts_pairs:
         lists = Dispatch.empty(ids.numel(), EXPERTS, tiles(tokens).block_m, DEVICE)

@@ -18,8 +18,9 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 import routing
 import timed_server
 from exchange import Exchange, find_routers_early
+from server import Server, fill_dummies_quickly
 from shapes import SHAPES
-from timed_server import Server, Talk, empty_slots, fill_dummies_quickly
+from timed_server import Talk, empty_slots
 
 from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.figures import WINDOW

@@ -28,7 +28,6 @@ from layers import DEVICE, graphed, seconds
 
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch
-from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import ExpertFormat
 from vllm_moe_offload.kernels.quantised_mlp import (
     QuantisedInputs,
@@ -37,6 +36,7 @@ from vllm_moe_offload.kernels.quantised_mlp import (
     quantise_inputs,
     quantised_mlp_torch,
 )
+from vllm_moe_offload.kernels.quantised_tiles import QuantisedTiles
 from vllm_moe_offload.layout import ExpertLayout
 
 BATCHES = (1, 8, 32, 128)
@@ -85,8 +85,8 @@ SHAPES = {
 }
 
 
-def candidates(shape: Shape, tokens: int) -> Iterator[TileConfig]:
-    """Tiles worth a try."""
+def candidates(shape: Shape, tokens: int) -> Iterator[QuantisedTiles]:
+    """Tiles worth a try, where activations are rounded both ways."""
     if tokens > max(BATCHES):
         tiles = [(128, 128, 64, 8, 8, 3), (128, 128, 64, 8, 8, 4), (128, 256, 64, 8, 8, 3),
                  (64, 128, 64, 8, 4, 3), (64, 256, 64, 8, 8, 3)]  # fmt: skip
@@ -106,7 +106,9 @@ def candidates(shape: Shape, tokens: int) -> Iterator[TileConfig]:
         if tokens == max(BATCHES):
             tiles += [(32, 64, 128, 1, 4, 4), (32, 128, 128, 1, 4, 3)]
     for tile in tiles:
-        yield TileConfig(*tile)
+        yield QuantisedTiles(*tile)
+        if shape.form.inputs == "group" and tile[0] == 16:
+            yield QuantisedTiles(*tile, rounds_inside=True)
 
 
 class Layers:
@@ -121,7 +123,7 @@ class Layers:
         self.row_of_E = torch.arange(shape.experts, dtype=torch.int32, device=DEVICE)
         self.out_PH = self.x_TH.new_empty(tokens * shape.top_k, shape.hidden)
 
-    def steps(self, tiles: TileConfig) -> list[Step]:
+    def steps(self, tiles: QuantisedTiles) -> list[Step]:
         """One step of every layer, its pairs sorted."""
         found = []
         for ids_TK, weights in zip(self.ids_LTK, self.weights, strict=True):
@@ -154,40 +156,30 @@ def random_weights(shape: Shape, rows: int) -> QuantisedWeights:
     return QuantisedWeights.of(form, layout.views(packed))
 
 
-def compile_one(job: tuple[str, TileConfig, bool]) -> str | None:
+def compile_one(job: tuple[str, QuantisedTiles]) -> str | None:
     """Compile both products for a tile, so that the kernel cache has them."""
-    name, tiles, inside = job
+    name, tiles = job
     shape = SHAPES[name]
     try:
         for step in Layers(shape, 2, [random_weights(shape, 1)]).steps(tiles):
-            run_step(step, step.x_TH.new_empty(2 * shape.top_k, shape.hidden), inside)
+            run_step(step, step.x_TH.new_empty(2 * shape.top_k, shape.hidden))
         torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     except Exception as error:
         return f"{name} {astuple(tiles)}: {type(error).__name__} {error}"[:300]
     return None
 
 
-def run_step(step: Step, out_PH: torch.Tensor, inside: bool) -> None:
-    """Compute a step; ``inside`` rounds activations in the products, not beside them."""
-    if inside:
-        step.down(QuantisedInputs(step.gate_up(QuantisedInputs(step.x_TH))), out_PH)
-    else:
-        inputs = quantise_inputs(step.x_TH, step.weights.format)
-        step.down(step.between(step.gate_up(inputs)), out_PH)
+def run_step(step: Step, out_PH: torch.Tensor) -> None:
+    """Compute a step."""
+    inputs = quantise_inputs(step.x_TH, step.weights.format, step.config)
+    step.down(step.between(step.gate_up(inputs)), out_PH)
 
 
-def timed(layers: Layers, tiles: TileConfig, inside: bool) -> dict[str, Any]:
-    """Microseconds a layer of each product, of rounding beside them, and of all."""
+def timed(layers: Layers, tiles: QuantisedTiles) -> dict[str, Any]:
+    """Microseconds a layer of each product, and of all with the rounding beside them."""
     steps = layers.steps(tiles)
-    beside = layers.shape.form.inputs is not None and not inside
-    inputs = (
-        quantise_inputs(layers.x_TH, layers.shape.form) if beside else QuantisedInputs(layers.x_TH)
-    )
-    hidden = [step.gate_up(inputs) for step in steps]
-    inner = [
-        step.between(h) if beside else QuantisedInputs(h)
-        for step, h in zip(steps, hidden, strict=True)
-    ]
+    inputs = quantise_inputs(layers.x_TH, layers.shape.form, tiles)
+    inner = [step.between(step.gate_up(inputs)) for step in steps]
 
     def over_layers(run: Callable[[Step, QuantisedInputs], Any]) -> float:
         def step_all() -> None:
@@ -202,12 +194,12 @@ def timed(layers: Layers, tiles: TileConfig, inside: bool) -> dict[str, Any]:
     row = {
         "gate_up_us": over_layers(lambda step, _: step.gate_up(inputs)),
         "down_us": over_layers(lambda step, between: step.down(between, layers.out_PH)),
-        "all_us": over_layers(lambda step, _: run_step(step, layers.out_PH, inside)),
+        "all_us": over_layers(lambda step, _: run_step(step, layers.out_PH)),
     }
-    return row | {"difference": differs(layers, steps[0], inside)}
+    return row | {"difference": differs(layers, steps[0])}
 
 
-def differs(layers: Layers, step: Step, inside: bool) -> float | None:
+def differs(layers: Layers, step: Step) -> float | None:
     """How far the first layer is from the plain torch form, by length; None for long prompts."""
     if layers.tokens > 8:
         return None
@@ -217,7 +209,7 @@ def differs(layers: Layers, step: Step, inside: bool) -> float | None:
         layers.x_TH, layers.weight_TK, layers.ids_LTK[0], step.row_of_E, step.weights,
         layers.shape.activation, expected,
     )  # fmt: skip
-    run_step(step, layers.out_PH, inside)
+    run_step(step, layers.out_PH)
     return float((layers.out_PH.view(shape) - expected).norm() / expected.norm())
 
 
@@ -270,17 +262,12 @@ def measure(name: str, rate: float) -> Iterator[dict[str, Any]]:
             except Exception as error:
                 yield {**about, "stock_error": f"{type(error).__name__} {error}"[:200]}
         for tiles in candidates(shape, tokens):
-            for inside in ways(shape, tiles):
-                row = {**about, "tiles": astuple(tiles), "inside": inside}
-                try:
-                    yield row | timed(layers, tiles, inside)
-                except Exception as error:
-                    yield row | {"error": f"{type(error).__name__} {error}"[:200]}
-
-
-def ways(shape: Shape, tiles: TileConfig) -> tuple[bool, ...]:
-    """Whether activations may be rounded inside the products of such tiles."""
-    return (False, True) if shape.form.inputs == "group" and tiles.block_m == 16 else (False,)
+            *sizes, inside = astuple(tiles)
+            row = {**about, "tiles": sizes, "inside": inside}
+            try:
+                yield row | timed(layers, tiles)
+            except Exception as error:
+                yield row | {"error": f"{type(error).__name__} {error}"[:200]}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -315,8 +302,8 @@ def main() -> int:
 
     start = time.monotonic()
     jobs = dict.fromkeys(
-        (name, tiles, inside) for name in args.shapes for tokens in (1, max(BATCHES), CHUNK)
-        for tiles in candidates(SHAPES[name], tokens) for inside in ways(SHAPES[name], tiles)
+        (name, tiles) for name in args.shapes for tokens in (1, max(BATCHES), CHUNK)
+        for tiles in candidates(SHAPES[name], tokens)
     )  # fmt: skip
     if args.jobs:
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:

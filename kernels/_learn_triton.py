@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""Triton bodies of ``learn``: one program a layer, then one that adds up what all layers counted.
+"""Triton bodies of ``learn``: programs for the pairs of experts, one a layer, then one for all.
 
-Legend: E experts, R orders (the candidates, and last the one that follows LRU's cache), F averages,
-N figures of a layer; E2 is E rounded up to a power of two.
+Legend: E experts, W some rows of a table of pairs, R orders (the candidates, and last the one that
+follows LRU's cache), F averages, N figures of a layer; E2 is E rounded up to a power of two.
 """
 
 import triton
@@ -18,7 +18,13 @@ FAINT = tl.constexpr(candidates.FAINT)
 RANK_STEP = tl.constexpr(1 << candidates.EXPERT_BITS)
 RANK_MASK = tl.constexpr(-(1 << candidates.EXPERT_BITS))
 NEWEST = tl.constexpr(candidates.MAX_AGE << candidates.EXPERT_BITS)
-VOTERS = tl.constexpr((1 << candidates.CANDIDATES) - 1)
+SEQUEL = tl.constexpr(candidates.SEQUEL)
+SEQUEL_UNIT = tl.constexpr(candidates.SEQUEL_UNIT)
+SEQUEL_SHIFT = tl.constexpr(candidates.SEQUEL_SHIFT)
+SEQUEL_SCALE = tl.constexpr(candidates.SEQUEL_SCALE)
+NUM_SOON = tl.constexpr(len(candidates.SOON))
+LAST_SOON = tl.constexpr(candidates.SOON[-1])
+HISTORY = tl.constexpr((1 << (candidates.SOON[-1] + 1)) - 1)
 FIRST = tl.constexpr(candidates.FIRST)
 VOTE_FADE = tl.constexpr(candidates.VOTE_FADE)
 SWITCH_MARGIN = tl.constexpr(candidates.SWITCH_MARGIN)
@@ -29,10 +35,51 @@ STRIDE = tl.constexpr(candidates.STRIDE)
 
 N = tl.constexpr(16)
 HITS, ACTIVE, DEVIATION, SLOTS = (tl.constexpr(8 + n) for n in range(4))
-"""Figures of a layer: first the hits of each candidate and of LRU's cache, then these."""
+"""Figures of a layer: first the hits of each candidate's cache, then these."""
 
 CHUNK = tl.constexpr(64)
 """Layers whose figures are added up at once."""
+
+
+@triton.jit
+def count(flag_E):
+    """Count what holds."""
+    return tl.sum(flag_E.to(tl.int32), 0)
+
+
+@triton.jit
+def with_step(history_E, active_E):
+    """Shift the step into the history of uses."""
+    return ((history_E << 1) | active_E.to(tl.int32)) & HISTORY
+
+
+@triton.jit
+def learn_sequels_kernel(
+    use, history, sequel, expected, E: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr
+):
+    """See ``learn_torch``: some rows of a layer's table of pairs; reads only rows that it needs."""
+    layer = tl.program_id(0)
+    expert, row = tl.arange(0, E2), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside, row_inside = expert < E, row < E
+    place, row_place = layer * E + expert, layer * E + row
+    active_E = (tl.load(use + place, mask=inside, other=0).to(tl.int32) & 1) != 0
+    history_E = with_step(tl.load(history + place, mask=inside, other=0).to(tl.int32), active_E)
+    asked_W = (tl.load(use + row_place, mask=row_inside, other=0).to(tl.int32) & 1) != 0
+    history_W = tl.load(history + row_place, mask=row_inside, other=0).to(tl.int32)
+    learns_W = (with_step(history_W, asked_W) >> LAST_SOON != 0) & (count(active_E) > 0)
+
+    uses_E = history_E & 1
+    for n in tl.static_range(1, NUM_SOON):
+        uses_E += (history_E >> n) & 1
+    of_pair = sequel + (layer * E + row).to(tl.int64)[:, None] * E + expert[None, :]
+    needed = (learns_W | asked_W)[:, None] & inside[None, :]
+    sequel_WE = tl.load(of_pair, mask=needed, other=0).to(tl.int32)
+    learnt_WE = sequel_WE + ((SEQUEL_UNIT * uses_E[None, :] - sequel_WE) >> SEQUEL_SHIFT)
+    sequel_WE = tl.where(learns_W[:, None], learnt_WE, sequel_WE)
+    tl.store(of_pair, sequel_WE.to(tl.int16), mask=learns_W[:, None] & inside[None, :])
+    expected_E = tl.sum(tl.where(asked_W[:, None], sequel_WE, 0), 0)
+    # Sums of integers do not depend on the order in which the programs add.
+    tl.atomic_add(expected + place, expected_E, mask=inside & (expected_E != 0))
 
 
 @triton.jit
@@ -50,12 +97,6 @@ def least_of_first(key_RE, count_R):
 
 
 @triton.jit
-def count(flag_E):
-    """Count what holds."""
-    return tl.sum(flag_E.to(tl.int32), 0)
-
-
-@triton.jit
 def with_use(average_of_E, gain_of, active_E, inside):
     """Load an average and add a use of the active experts."""
     average_E = tl.load(average_of_E, mask=inside, other=0.0)
@@ -70,40 +111,55 @@ def store_faded(average_of_E, fade_of, average_E, mask):
 
 
 @triton.jit
-def adopt(lru_E, cached_E, num_slots, num_active):
-    """Return LRU's cache before the step: the real one unless both are exactly full."""
-    is_full = (count(lru_E) == num_slots) & (count(cached_E) == num_slots)
-    return tl.where(is_full | (num_active == 0), lru_E, cached_E)
+def count_in_rows(flag_RE):
+    """Count what holds in each row."""
+    return tl.sum(flag_RE.to(tl.int32), 1)
 
 
 @triton.jit
-def admit(active_E, lru_E, num_slots):
-    """Return who comes into LRU's cache, who may have to leave it, and how many of these stay."""
-    missing_E, evictable_E = active_E & ~lru_E, lru_E & ~active_E
-    room = num_slots - count(lru_E)
-    num_evictable = count(evictable_E)
-    num_victims = tl.minimum(tl.maximum(count(missing_E) - room, 0), num_evictable)
-    comes_E = missing_E & (tl.cumsum(missing_E.to(tl.int32), 0) <= room + num_victims)
-    return comes_E, evictable_E, num_evictable - num_victims
+def adopt(held_RE, cached_E, num_slots, num_active):
+    """Return the candidates' caches before the step: the real one unless both are exactly full."""
+    is_full_R = (count_in_rows(held_RE) == num_slots) & (count(cached_E) == num_slots)
+    return tl.where((is_full_R | (num_active == 0))[:, None], held_RE, cached_E[None, :])
 
 
 @triton.jit
-def ranks(recency_E, mixed_RE, active_E, expert, row):
+def admit(active_E, held_RE, rank_RE, num_slots):
+    """Return the candidates' caches after the step, each evicting by its own order."""
+    active_RE = active_E[None, :]
+    missing_RE, evictable_RE = active_RE & ~held_RE, held_RE & ~active_RE
+    room_R = num_slots - count_in_rows(held_RE)
+    num_evictable_R = count_in_rows(evictable_RE)
+    needed_R = tl.maximum(count_in_rows(missing_RE) - room_R, 0)
+    num_victims_R = tl.minimum(needed_R, num_evictable_R)
+    position_RE = tl.cumsum(missing_RE.to(tl.int32), 1)
+    comes_RE = missing_RE & (position_RE <= (room_R + num_victims_R)[:, None])
+    key_RE = tl.where(evictable_RE, rank_RE, -1)
+    stays_RE = key_RE >= least_of_first(key_RE, num_evictable_R - num_victims_R)[:, None]
+    return stays_RE | (held_RE & active_RE) | comes_RE
+
+
+@triton.jit
+def ranks(recency_E, mixed_RE, expected_E, active_E, expert, row):
     """Rank every expert in every order, in the last one as if LRU's cache were empty."""
     older_E = tl.maximum(recency_E - RANK_STEP, expert)
     recency_RE = tl.where(active_E, expert | NEWEST, older_E)[None, :]
     by_recency_R1 = ((row == LRU) | (row == AS_LRU))[:, None]
+    in_units_RE = (mixed_RE * SEQUEL_UNIT).to(tl.int32)
+    expected_RE = expected_E[None, :] + count(active_E) * in_units_RE
+    sequel_RE = expected_RE.to(tl.float32) * SEQUEL_SCALE
+    score_RE = tl.where((row == SEQUEL)[:, None], sequel_RE, mixed_RE)
     # The bits of floats from 0 up order as the floats do.
-    by_use_RE = (mixed_RE.to(tl.int32, bitcast=True) & RANK_MASK) | expert[None, :]
+    by_use_RE = (score_RE.to(tl.int32, bitcast=True) & RANK_MASK) | expert[None, :]
     return tl.where(by_recency_R1, recency_RE, by_use_RE)
 
 
 @triton.jit
 def learn_layers_kernel(
-    slot_of, slots, use, rank, average, held, figures, weight, fade, gain,
+    slot_of, slots, use, rank, average, history, expected, held, figures, weight, fade, gain,
     E: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
-    """See ``learn_torch``: everything that concerns one layer."""
+    """See ``learn_torch``: everything else that concerns one layer."""
     layer = tl.program_id(0)
     expert, row = tl.arange(0, E2), tl.arange(0, R)
     inside = expert < E
@@ -111,52 +167,47 @@ def learn_layers_kernel(
     use_E = tl.load(use + place, mask=inside, other=0).to(tl.int32)
     slot_E = tl.load(slot_of + place, mask=inside, other=0)
     held_E = tl.load(held + place, mask=inside, other=0)
-    recency_E = tl.load(rank + (layer * R + LRU) * E + expert, mask=inside, other=0)
+    history_E = tl.load(history + place, mask=inside, other=0).to(tl.int32)
+    expected_E = tl.load(expected + place, mask=inside, other=0)
     num_slots = tl.load(slots + layer)
+    rank_of_RE = rank + (layer * R + row)[:, None] * E + expert[None, :]
+    rank_RE = tl.load(rank_of_RE, mask=inside[None, :], other=0)
+    recency_E = tl.load(rank + (layer * R + LRU) * E + expert, mask=inside, other=0)
 
     active_E, cached_E = (use_E & 1) != 0, (use_E & 2) != 0
     num_active = count(active_E)
-    lru_E = adopt(held_E >> AS_LRU != 0, cached_E, num_slots, num_active)
-    held_E = (held_E & VOTERS) | (lru_E.to(tl.int32) << AS_LRU)
-    read_E = tl.where(active_E, held_E, 0)
-    hits_R = tl.sum((read_E[None, :] >> row[:, None]) & 1, 1)
+    held_RE = (held_E[None, :] >> row[:, None]) & 1 != 0
+    held_RE = adopt(held_RE, cached_E, num_slots, num_active)
+    hits_R = count_in_rows(held_RE & active_E[None, :])
+    held_RE = admit(active_E, held_RE, rank_RE, num_slots) & (row != AS_LRU)[:, None]
+    held_E = tl.sum(held_RE.to(tl.int32) << row[:, None], 0)
+    lru_E = (held_E >> LRU) & 1
 
     average_of = average + layer * F * E + expert
     average_0 = with_use(average_of, gain, active_E, inside)
     average_1 = with_use(average_of + E, gain + 1, active_E, inside)
     average_2 = with_use(average_of + 2 * E, gain + 2, active_E, inside)
-    used_E = average_0 > 0
     mixed_RE = tl.load(weight + row)[:, None] * average_0[None, :]
     mixed_RE += tl.load(weight + R + row)[:, None] * average_1[None, :]
     mixed_RE += tl.load(weight + 2 * R + row)[:, None] * average_2[None, :]
-    rank_RE = ranks(recency_E, mixed_RE, active_E, expert, row)
-
-    # One search finds whom each candidate would hold, and whom LRU's cache goes on holding.
-    comes_E, evictable_E, num_staying = admit(active_E, lru_E, num_slots)
-    key_RE = tl.where(used_E[None, :], rank_RE + active_E.to(tl.int32)[None, :] * FIRST, -1)
-    is_last_R1 = (row == AS_LRU)[:, None]
-    key_RE = tl.where(is_last_R1, tl.where(evictable_E, recency_E, -1)[None, :], key_RE)
-    count_R = tl.where(row == AS_LRU, num_staying, num_slots)
-    is_held_RE = key_RE >= least_of_first(key_RE, count_R)[:, None]
-    held_E = tl.sum(is_held_RE.to(tl.int32) << row[:, None], 0)
-    lru_E = (held_E >> AS_LRU != 0) | (lru_E & active_E) | comes_E
-    held_E = (held_E & VOTERS) | (lru_E.to(tl.int32) << AS_LRU)
-    rank_RE += (is_last_R1 & lru_E[None, :]).to(tl.int32) * FIRST
+    rank_RE = ranks(recency_E, mixed_RE, expected_E, active_E, expert, row)
+    rank_RE += (row == AS_LRU).to(tl.int32)[:, None] * lru_E[None, :] * FIRST
 
     more_R = tl.where(row == HITS - R, count(active_E & cached_E), num_slots)
     more_R = tl.where(row == ACTIVE - R, num_active, more_R)
-    more_R = tl.where(row == DEVIATION - R, count(lru_E & (slot_E < 0)), more_R)
+    more_R = tl.where(row == DEVIATION - R, count((lru_E != 0) & (slot_E < 0)), more_R)
     tl.store(figures + layer * N + row, hits_R)
     tl.store(figures + layer * N + R + row, more_R)
     # Every thread has read the tables before any thread writes them.
     tl.debug_barrier()
     learns = inside & (num_active > 0)
-    rank_of_RE = rank + (layer * R + row)[:, None] * E + expert[None, :]
     tl.store(rank_of_RE, rank_RE, mask=learns[None, :])
     tl.store(held + place, held_E, mask=learns)
+    tl.store(history + place, with_step(history_E, active_E).to(tl.int8), mask=learns)
     store_faded(average_of, fade, average_0, learns)
     store_faded(average_of + E, fade + 1, average_1, learns)
     store_faded(average_of + 2 * E, fade + 2, average_2, learns)
+    tl.store(expected + place, tl.zeros_like(expected_E), mask=inside)
     tl.store(use + place, tl.zeros_like(use_E).to(tl.int8), mask=inside)
 
 
@@ -176,7 +227,7 @@ def choose_kernel(figures, votes, standing, row_of_L, L):
         of_layer = figures + (first + layer)[:, None] * N + n[None, :]
         total_N += tl.sum(tl.load(of_layer, mask=inside, other=0), 0)
     active = figure(total_N, ACTIVE)
-    lead = figure(total_N, HITS) - figure(total_N, AS_LRU)
+    lead = figure(total_N, HITS) - figure(total_N, LRU)
     balance = tl.load(standing)
     leader = tl.load(standing + 1)
     turn = tl.load(standing + 2)

@@ -50,15 +50,15 @@ def quotient(values, factor, INTERPRETED: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantise_rows_kernel(
-    x, x_stride, q, scale, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
+    x, x_stride, q, scale, num_rows, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Give every GROUP values of a row their scale; one program a row and group."""
-    row = tl.program_id(0).to(tl.int64)
+    """Give every GROUP values of a row their scale; one program for ROWS rows and a group."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     _quantise(
-        x + row * x_stride, q + row * WIDTH, scale + row * tl.num_programs(1), tl.program_id(1),
+        x + row * x_stride, q + row * WIDTH, scale + row * tl.num_programs(1), row < num_rows,
         WIDTH, GROUP, BLOCK, OF_MAXIMUM, ROUND,
     )  # fmt: skip
 
@@ -66,37 +66,37 @@ def quantise_rows_kernel(
 @triton.jit(do_not_specialize=["num_pairs"])
 def quantise_pairs_kernel(
     x, q, scale, sorted_pair, expert_of_block, num_blocks, row_of_E, num_pairs,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Do the same with the rows of the pairs that have just been computed."""
-    place = tl.program_id(0)
-    if place >= tl.load(num_blocks) * BLOCK_M:
+    first = tl.program_id(0) * ROWS
+    if first >= tl.load(num_blocks) * BLOCK_M:
         return
-    if tl.load(row_of_E + tl.load(expert_of_block + place // BLOCK_M)) < 0:
+    if tl.load(row_of_E + tl.load(expert_of_block + first // BLOCK_M)) < 0:
         return
-    pair = tl.load(sorted_pair + place).to(tl.int64)
-    if pair >= num_pairs:
-        return
+    pair = tl.load(sorted_pair + first + tl.arange(0, ROWS)).to(tl.int64)
     _quantise(
-        x + pair * WIDTH, q + pair * WIDTH, scale + pair * tl.num_programs(1), tl.program_id(1),
+        x + pair * WIDTH, q + pair * WIDTH, scale + pair * tl.num_programs(1), pair < num_pairs,
         WIDTH, GROUP, BLOCK, OF_MAXIMUM, ROUND,
     )  # fmt: skip
 
 
 @triton.jit
 def _quantise(
-    x, q, scale, group, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    x, q, scale, real, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     OF_MAXIMUM: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    offset = tl.arange(0, BLOCK)
+    """Round a group of the rows that start at ``x``, where they are ``real``."""
+    offset, group = tl.arange(0, BLOCK), tl.program_id(1)
     column = group * GROUP + offset
-    inside = (offset < GROUP) & (column < WIDTH)
-    values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values))
+    inside = real[:, None] & ((offset < GROUP) & (column < WIDTH))[None, :]
+    values = tl.load(x[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 1)
     if OF_MAXIMUM:
         factor = group_factor(largest)
     else:
         factor = tl.maximum(largest * (1.0 / _E4M3_MAX), _SMALLEST_SCALE)
-    tl.store(scale + group, factor)
-    tl.store(q + column, to_e4m3(quotient(values, factor, ROUND), ROUND), mask=inside)
+    tl.store(scale + group, factor, mask=real)
+    rounded = to_e4m3(quotient(values, factor[:, None], ROUND), ROUND)
+    tl.store(q[:, None] + column[None, :], rounded, mask=inside)

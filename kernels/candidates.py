@@ -30,16 +30,37 @@ MIXTURES = (
     (0, 1, 0),
     (0, 0, 1),
     (0, 1 / 2, 1 / 2),
-    (1 / 8, 0, 1 / 2),
     (1 / 8, 1 / 8, 1 / 2),
 )
 """Candidate orders beside LRU: weights of the averages. They add up to 1 at most, and are powers
 of two: then a product is exact, and a fused multiply-add rounds as the two operations do."""
 
 LRU = 0
-"""The candidate that ranks by recency; the mixtures follow it."""
+"""The candidate that ranks by recency; the mixtures come after it."""
 
-CANDIDATES = 1 + len(MIXTURES)
+SEQUEL = 1 + len(MIXTURES)
+"""The candidate that ranks by what has been used soon after the experts of this step."""
+
+CANDIDATES = 1 + SEQUEL
+
+OPENING_LEADER = 4
+"""Who is followed at the start: half of the mid-term average and half of the long one."""
+
+SOON = (2, 3, 4)
+"""Steps after a use in which the uses of others count as its sequel. An order that a step leaves
+decides in the next one who goes, so it matters from the one after that."""
+
+SEQUEL_UNIT = 1 << 12
+"""What a use in one of these steps counts; all of them together fit 16 bits."""
+
+SEQUEL_SHIFT = 7
+"""An observation moves what is known of a sequel by 1 / 2 ** 7 of the difference."""
+
+SEQUEL_MIXTURE = MIXTURES[-1]
+"""Added to each expert's part in the sequels, in ``SEQUEL_UNIT``, for each expert of the step."""
+
+SEQUEL_SCALE = 2.0**-24
+"""Makes the sum over all experts, which is exact in float32, one between 0 and 1."""
 
 VOTE_FADE = _float32(0.5 ** (1 / 200.0))
 """What a step leaves of the votes for a candidate: half after 200 steps."""

@@ -2,24 +2,29 @@
 
 It follows the best of several orders of the experts, as far as LRU cannot be lost to.
 
-Candidates are LRU and mixtures of three exponential averages of an expert's use (LRFU, Lee et al.,
-IEEE Transactions on Computers 50(12), 2001, whose one time constant here becomes several). Every
-step votes: had the cache held the first S experts of a candidate's order, how many of the active
-ones would it have hit? Knowing every expert's state, resident or not, makes the ghost lists of ARC
-(Megiddo and Modha, FAST 2003) needless. The candidate with the most faded votes leads, as the
-cheaper expert does in LeCaR (Vietri et al., HotStorage 2018), but all layers vote together, so that
-a few dozen tokens decide.
+Candidates are LRU, mixtures of three exponential averages of an expert's use (LRFU, Lee et al.,
+IEEE Transactions on Computers 50(12), 2001, whose one time constant here becomes several), and the
+sequel: for each pair of a layer's experts a table knows how often one was used a few steps after
+the other, and the experts of this step are asked who comes after them, as a Markov prefetcher asks
+what follows a miss (Joseph and Grunwald, ISCA 1997).
 
-Votes can be wrong, so LRU's own cache is kept as a set of experts beside the real one. The balance
-counts the real hits above those of LRU, plus ``LOSS_RATE`` an access; the deviation counts the
-experts that LRU holds and the cache does not, each of which can cost one hit before both agree
-again. Layers evict by the leader's order, in turn, only as far as the balance covers the price of
-the deviation, and else let go what LRU does not hold, oldest first, which never adds to the
-deviation. So a wrong leader costs about ``LOSS_RATE`` of the accesses, and gains pay for more
-freedom. The balance has a ceiling, so that no gain of yesterday pays for long losses of today.
+Every candidate has a cache of its own, as a set of experts, which evicts by its order alone. Each
+step votes with the hits of these caches. The candidate with the most faded votes leads, as the
+cheaper expert does in LeCaR (Vietri et al., HotStorage 2018), but all layers vote together, so that
+a few dozen tokens decide. Whole caches by name make the ghost lists of ARC (Megiddo and Modha, FAST
+2003) needless.
+
+Votes can be wrong, so the real cache is kept near LRU's. The balance counts the real hits above
+those of LRU, plus ``LOSS_RATE`` an access; the deviation counts the experts that LRU holds and the
+cache does not, each of which can cost one hit before both agree again. Layers evict by the leader's
+order, in turn, only as far as the balance covers the price of the deviation, and else let go what
+LRU does not hold, oldest first, which never adds to the deviation. So a wrong leader costs about
+``LOSS_RATE`` of the accesses, and gains pay for more freedom. The balance has a ceiling, so that no
+gain of yesterday pays for long losses of today.
 
 Legend: L layers, E experts (the most of any layer), R orders of a layer (the candidates, and last
-the one that follows LRU's cache), M candidates, F averages of a use, S slots, N figures of a layer.
+the one that follows LRU's cache), M candidates, F averages of a use, S slots, N figures of a layer,
+A the (layer, expert) pairs that something holds for.
 """
 
 from collections.abc import Sequence
@@ -30,7 +35,11 @@ import torch
 import triton
 from torch import Tensor
 
-from vllm_moe_offload.kernels._learn_triton import choose_kernel, learn_layers_kernel
+from vllm_moe_offload.kernels._learn_triton import (
+    choose_kernel,
+    learn_layers_kernel,
+    learn_sequels_kernel,
+)
 from vllm_moe_offload.kernels.candidates import (
     CANDIDATES,
     DEVIATION_PRICE,
@@ -45,6 +54,13 @@ from vllm_moe_offload.kernels.candidates import (
     MAX_AGE,
     MIXTURES,
     OPENING_CREDIT,
+    OPENING_LEADER,
+    SEQUEL,
+    SEQUEL_MIXTURE,
+    SEQUEL_SCALE,
+    SEQUEL_SHIFT,
+    SEQUEL_UNIT,
+    SOON,
     STRIDE,
     SWITCH_MARGIN,
     VOTE_FADE,
@@ -78,11 +94,13 @@ class AdaptiveTables:
     What resolve shares, see ``EvictionOrder``: ``slot_of_LE``, ``use_LE``, ``rank_LRE`` and
     ``row_L``, and ``slots_L`` (int32), the slots that are open.
 
-    ``average_LFE`` (float32) holds the averages of an expert's use, faded for the next step;
-    ``held_LE`` (int32) has bit ``m`` set where candidate ``m`` would hold an expert, and bit
-    ``AS_LRU`` where LRU's cache does. ``votes_M`` (float32) are faded for the next step.
-    ``standing`` (int64) is indexed by ``Standing``. ``figures_LN`` is scratch between the two
-    launches; ``weight_FR``, ``fade_F`` and ``gain_F`` (float32) are constants.
+    ``average_LFE`` (float32) holds the averages of an expert's use, faded for the next step.
+    ``history_LE`` (int8) has bit ``n`` set where an expert was used ``n`` steps ago, and
+    ``sequel_LEE`` (int16) tells for each expert how often each other one was used soon after it.
+    ``held_LE`` (int32) has bit ``m`` set where candidate ``m``'s cache holds an expert. ``votes_M``
+    (float32) are faded for the next step. ``standing`` (int64) is indexed by ``Standing``.
+    ``expected_LE`` (int32, 0 between steps) and ``figures_LN`` are scratch between the launches;
+    ``weight_FR``, ``fade_F`` and ``gain_F`` (float32) are constants.
     """
 
     slot_of_LE: Tensor
@@ -91,9 +109,12 @@ class AdaptiveTables:
     rank_LRE: Tensor
     row_L: Tensor
     average_LFE: Tensor
+    history_LE: Tensor
+    sequel_LEE: Tensor
     held_LE: Tensor
     votes_M: Tensor
     standing: Tensor
+    expected_LE: Tensor
     figures_LN: Tensor
     weight_FR: Tensor
     fade_F: Tensor
@@ -112,8 +133,9 @@ class AdaptiveTables:
         def float32(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
-        # The orders that are no mixture weigh nothing.
-        weights_RF = [(0,) * len(FADES), *MIXTURES, (0,) * len(FADES)]
+        # The orders by recency weigh nothing.
+        nothing = (0,) * len(FADES)
+        weights_RF = [nothing, *MIXTURES, SEQUEL_MIXTURE, nothing]
         tables = cls(
             slot_of_LE=full((layers, experts), NOWHERE, torch.int32),
             slots_L=torch.tensor(num_slots, dtype=torch.int32, device=device),
@@ -121,9 +143,12 @@ class AdaptiveTables:
             rank_LRE=full((layers, ORDERS, experts), 0, torch.int32),
             row_L=full((layers,), 0, torch.int32),
             average_LFE=full((layers, len(FADES), experts), 0, torch.float32),
+            history_LE=full((layers, experts), 0, torch.int8),
+            sequel_LEE=full((layers, experts, experts), 0, torch.int16),
             held_LE=full((layers, experts), 0, torch.int32),
             votes_M=full((CANDIDATES,), 0, torch.float32),
             standing=full((len(Standing),), 0, torch.int64),
+            expected_LE=full((layers, experts), 0, torch.int32),
             figures_LN=full((layers, FIGURES), 0, torch.int32),
             weight_FR=float32(weights_RF).T.contiguous(),
             fade_F=float32(FADES),
@@ -144,11 +169,12 @@ class AdaptiveTables:
 
     def forget(self) -> None:
         """Set everything learned to what it is at the start; residency and slots stay."""
-        for table in (self.use_LE, self.average_LFE, self.held_LE, self.votes_M, self.standing):
+        for table in (self.use_LE, self.average_LFE, self.history_LE, self.sequel_LEE,
+                      self.held_LE, self.votes_M, self.standing):  # fmt: skip
             table.zero_()
         self.rank_LRE.copy_(torch.arange(self.num_experts, device=self.rank_LRE.device))
         self.row_L.fill_(AS_LRU)
-        self.standing[Standing.LEADER] = LRU
+        self.standing[Standing.LEADER] = OPENING_LEADER
         self.standing[Standing.BALANCE] = OPENING_CREDIT * self.num_layers
 
     def order(self, layer: int, num_experts: int) -> EvictionOrder:
@@ -174,11 +200,12 @@ def learn_torch(tables: AdaptiveTables) -> None:
     active_LE = (tables.use_LE & Use.ACTIVE) > 0
     cached_LE = (tables.use_LE & Use.RESIDENT) > 0
     reads_L1 = active_LE.any(1, keepdim=True)
-    lru_LE = _adopted(tables, cached_LE, reads_L1)
+    held_LME = _adopted(tables, cached_LE, reads_L1)
 
     if bool(reads_L1.any()):
-        votes_M = _vote(tables, active_LE)
-        lead = (active_LE & cached_LE).sum() - (active_LE & lru_LE).sum()
+        hits_M = (held_LME & active_LE[:, None]).sum((0, 2))
+        votes_M = tables.votes_M + hits_M
+        lead = (active_LE & cached_LE).sum() - hits_M[LRU]
         most = HIT * (tables.slots_L.sum() + tables.num_layers)
         gained = HIT * lead + LOSS_RATE * active_LE.sum()
         balance, leader, turn = tables.standing.unbind()
@@ -187,35 +214,27 @@ def learn_torch(tables: AdaptiveTables) -> None:
         turn.copy_((turn + STRIDE) % tables.num_layers)
         tables.votes_M.copy_(votes_M * VOTE_FADE)
 
-    lru_LE = _admitted(tables, lru_LE, active_LE)
-    _take_in(tables, active_LE, lru_LE, reads_L1)
-    tables.row_L.copy_(_rows(tables, lru_LE))
+    held_LME = _admitted(tables, held_LME, active_LE)
+    expected_LE = _note_sequels(tables, active_LE, reads_L1)
+    _take_in(tables, active_LE, held_LME, expected_LE, reads_L1)
+    tables.row_L.copy_(_rows(tables, held_LME[:, LRU]))
     tables.use_LE.zero_()
 
 
 def _adopted(tables: AdaptiveTables, cached_LE: Tensor, reads_L1: Tensor) -> Tensor:
-    """LRU's cache before the step, [L, E].
+    """The candidates' caches before the step, [L, M, E].
 
-    As long as it has empty slots it has evicted nobody, and neither has the real one, so both
+    As long as a cache has empty slots it has evicted nobody, and neither has the real one, so both
     hold the same; a sweep may have added to the real one. And slots that open or close would do
-    so under LRU too. So it is the real one unless both are exactly full.
+    so under every candidate. So it is the real one unless both are exactly full.
     """
-    lru_LE = _bit(tables.held_LE, AS_LRU)
-    slots_L1 = tables.slots_L[:, None]
-    full_L1 = (lru_LE.sum(1, keepdim=True) == slots_L1) & (
-        cached_LE.sum(1, keepdim=True) == slots_L1
+    bit_M1 = torch.arange(CANDIDATES, device=cached_LE.device)[:, None]
+    held_LME = ((tables.held_LE[:, None] >> bit_M1) & 1) > 0
+    cached_L1E, slots_L11 = cached_LE[:, None], tables.slots_L[:, None, None]
+    full_LM1 = (held_LME.sum(2, keepdim=True) == slots_L11) & (
+        cached_L1E.sum(2, keepdim=True) == slots_L11
     )
-    return torch.where(full_L1 | ~reads_L1, lru_LE, cached_LE)
-
-
-def _bit(held_LE: Tensor, bit: int) -> Tensor:
-    return ((held_LE >> bit) & 1) > 0
-
-
-def _vote(tables: AdaptiveTables, active_LE: Tensor) -> Tensor:
-    """Add the hits that each candidate would have had to its faded votes, [M]."""
-    hits = [(_bit(tables.held_LE, m) & active_LE).sum() for m in range(CANDIDATES)]
-    return tables.votes_M + torch.stack(hits)
+    return torch.where(full_LM1 | ~reads_L1[:, None], held_LME, cached_L1E)
 
 
 def _leader(votes_M: Tensor, leader: Tensor, num_layers: int) -> Tensor:
@@ -224,16 +243,17 @@ def _leader(votes_M: Tensor, leader: Tensor, num_layers: int) -> Tensor:
     return torch.where(votes_M[best] - votes_M[leader] > SWITCH_MARGIN * num_layers, best, leader)
 
 
-def _admitted(tables: AdaptiveTables, lru_LE: Tensor, active_LE: Tensor) -> Tensor:
-    """LRU's cache after the step, [L, E], by the rules of resolve."""
-    missing_LE, evictable_LE = active_LE & ~lru_LE, lru_LE & ~active_LE
-    room_L = tables.slots_L - lru_LE.sum(1)
-    most_L = evictable_LE.sum(1)
-    victims_L = (missing_LE.sum(1) - room_L).clamp(min=0).minimum(most_L)
-    age_LE = torch.where(evictable_LE, tables.rank_LRE[:, LRU], 2 * FIRST - 1)
-    evicted_LE = evictable_LE & (_position(age_LE) < victims_L[:, None])
-    gets_slot_LE = missing_LE & (missing_LE.cumsum(1) <= (room_L + victims_L)[:, None])
-    return (lru_LE & ~evicted_LE) | gets_slot_LE
+def _admitted(tables: AdaptiveTables, held_LME: Tensor, active_LE: Tensor) -> Tensor:
+    """The candidates' caches after the step, [L, M, E], by the rules of resolve."""
+    active_L1E = active_LE[:, None]
+    missing_LME, evictable_LME = active_L1E & ~held_LME, held_LME & ~active_L1E
+    room_LM = tables.slots_L[:, None] - held_LME.sum(2)
+    most_LM = evictable_LME.sum(2)
+    victims_LM = (missing_LME.sum(2) - room_LM).clamp(min=0).minimum(most_LM)
+    rank_LME = torch.where(evictable_LME, tables.rank_LRE[:, :AS_LRU], 2 * FIRST - 1)
+    evicted_LME = evictable_LME & (_position(rank_LME) < victims_LM[..., None])
+    gets_slot_LME = missing_LME & (missing_LME.cumsum(2) <= (room_LM + victims_LM)[..., None])
+    return (held_LME & ~evicted_LME) | gets_slot_LME
 
 
 def _position(key: Tensor) -> Tensor:
@@ -241,8 +261,28 @@ def _position(key: Tensor) -> Tensor:
     return key.argsort(-1).argsort(-1)
 
 
-def _take_in(tables: AdaptiveTables, active_LE: Tensor, lru_LE: Tensor, reads_L1: Tensor) -> None:
-    """Note the uses, rank the experts anew, and note whom each candidate would now hold."""
+def _note_sequels(tables: AdaptiveTables, active_LE: Tensor, reads_L1: Tensor) -> Tensor:
+    """Note who was used soon after whom; returns how much the step's experts expect of each."""
+    history_LE = ((tables.history_LE.int() << 1) | active_LE) & ((1 << (SOON[-1] + 1)) - 1)
+    uses_LE = torch.stack([(history_LE >> n) & 1 for n in range(len(SOON))]).sum(0)
+    layer_A, expert_A = torch.nonzero((history_LE >> SOON[-1] > 0) & reads_L1, as_tuple=True)
+    sequel_AE = tables.sequel_LEE[layer_A, expert_A].int()
+    sequel_AE += (SEQUEL_UNIT * uses_LE[layer_A] - sequel_AE) >> SEQUEL_SHIFT
+    tables.sequel_LEE[layer_A, expert_A] = sequel_AE.short()
+    tables.history_LE.copy_(torch.where(reads_L1, history_LE, tables.history_LE))
+    layer_A, expert_A = torch.nonzero(active_LE, as_tuple=True)
+    asked_AE = tables.sequel_LEE[layer_A, expert_A].int()
+    return torch.zeros_like(tables.expected_LE).index_add_(0, layer_A, asked_AE)
+
+
+def _take_in(
+    tables: AdaptiveTables,
+    active_LE: Tensor,
+    held_LME: Tensor,
+    expected_LE: Tensor,
+    reads_L1: Tensor,
+) -> None:
+    """Note the uses and whom each candidate holds, and rank the experts anew."""
     gain_F1, fade_F1 = tables.gain_F[:, None], tables.fade_F[:, None]
     average_LFE = tables.average_LFE + gain_F1 * active_LE[:, None]
     used_LE = average_LFE[:, 0] > 0
@@ -251,17 +291,17 @@ def _take_in(tables: AdaptiveTables, active_LE: Tensor, lru_LE: Tensor, reads_L1
     expert_E = torch.arange(tables.num_experts, dtype=torch.int32, device=active_LE.device)
     older_LE = torch.maximum(tables.rank_LRE[:, LRU] - (1 << EXPERT_BITS), expert_E)
     recency_LE = torch.where(active_LE, (MAX_AGE << EXPERT_BITS) | expert_E, older_LE)
-    rank_LRE = (_mixed(tables, average_LFE) & -(1 << EXPERT_BITS)) | expert_E
+    score_LRE = _mixed(tables, average_LFE)
+    in_units_LE = (score_LRE[:, SEQUEL] * SEQUEL_UNIT).int()
+    expected_LE = expected_LE + active_LE.sum(1, keepdim=True) * in_units_LE
+    score_LRE[:, SEQUEL] = expected_LE.float() * SEQUEL_SCALE
+    # The bits of floats from 0 up order as the floats do.
+    rank_LRE = (score_LRE.view(torch.int32) & -(1 << EXPERT_BITS)) | expert_E
     rank_LRE[:, LRU] = recency_LE
-    rank_LRE[:, AS_LRU] = recency_LE + FIRST * lru_LE
+    rank_LRE[:, AS_LRU] = recency_LE + FIRST * held_LME[:, LRU]
 
-    # What a step reads is in the cache after it, whatever the order: it ranks first.
-    key_LME = rank_LRE[:, :AS_LRU] + FIRST * active_LE[:, None]
-    key_LME = torch.where(used_LE[:, None], key_LME, -1)
-    is_held_LME = used_LE[:, None] & (_position(-key_LME) < tables.slots_L[:, None, None])
     bit_M1 = (1 << torch.arange(CANDIDATES, device=active_LE.device))[:, None]
-    held_LE = (is_held_LME * bit_M1).sum(1) + (lru_LE << AS_LRU)
-
+    held_LE = (held_LME * bit_M1).sum(1)
     reads_L11 = reads_L1[:, None]
     tables.average_LFE.copy_(torch.where(reads_L11, faded_LFE, tables.average_LFE))
     tables.rank_LRE.copy_(torch.where(reads_L11, rank_LRE, tables.rank_LRE))
@@ -269,12 +309,12 @@ def _take_in(tables: AdaptiveTables, active_LE: Tensor, lru_LE: Tensor, reads_L1
 
 
 def _mixed(tables: AdaptiveTables, average_LFE: Tensor) -> Tensor:
-    """Bits of the weighted averages, int32 [L, R, E]: of floats above 0 they order alike."""
+    """The weighted averages, float32 [L, R, E]."""
     terms_FLRE = tables.weight_FR[:, None, :, None] * average_LFE.transpose(0, 1)[:, :, None]
     total_LRE = terms_FLRE[0]
     for term_LRE in terms_FLRE[1:]:
         total_LRE = total_LRE + term_LRE
-    return total_LRE.view(torch.int32)
+    return total_LRE
 
 
 def _rows(tables: AdaptiveTables, lru_LE: Tensor) -> Tensor:
@@ -287,13 +327,19 @@ def _rows(tables: AdaptiveTables, lru_LE: Tensor) -> Tensor:
 
 
 def learn(tables: AdaptiveTables) -> None:
-    """Do what ``learn_torch`` does, in two launches: one program a layer, then one for all."""
+    """Do what ``learn_torch`` does in three launches: tables of pairs, layers, all together."""
     layers, experts = tables.num_layers, tables.num_experts
     assert experts <= MAX_EXPERTS, f"{experts} experts, at most {MAX_EXPERTS}"
     padded = max(32, triton.next_power_of_2(experts))
+    rows = 16 if padded <= 256 else 4
+    learn_sequels_kernel[(layers, triton.cdiv(experts, rows))](
+        tables.use_LE, tables.history_LE, tables.sequel_LEE, tables.expected_LE,
+        E=experts, E2=padded, ROWS=rows, num_warps=4,
+    )  # fmt: skip
     learn_layers_kernel[(layers,)](
         tables.slot_of_LE, tables.slots_L, tables.use_LE, tables.rank_LRE, tables.average_LFE,
-        tables.held_LE, tables.figures_LN, tables.weight_FR, tables.fade_F, tables.gain_F,
+        tables.history_LE, tables.expected_LE, tables.held_LE, tables.figures_LN,
+        tables.weight_FR, tables.fade_F, tables.gain_F,
         E=experts, E2=padded, num_warps=4 if padded <= 256 else 8,
     )  # fmt: skip
     choose_kernel[(1,)](

@@ -20,6 +20,7 @@ from vllm_moe_offload.kernels import (
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import ExpertFormat
+from vllm_moe_offload.kernels.quantised_tiles import QuantisedTiles
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,15 @@ class Operations:
     """Whether the products want their pairs sorted by expert, which resolve then does."""
 
     def products(
-        self, form: ExpertFormat | None, x_TH: Tensor
+        self, form: ExpertFormat | None, x_TH: Tensor, tiles: TileConfig | None
     ) -> tuple[Callable[..., None], dict[str, Any]]:
         """The products of a format, and what they want prepared once a step."""
         if form is None:
             return self.expert_mlp, {}
-        inputs = {"inputs": quantised_mlp.quantise_inputs(x_TH, form)} if self.sorts_pairs else {}
-        return self.quantised_mlp, inputs
+        if not self.sorts_pairs:
+            return self.quantised_mlp, {}
+        assert isinstance(tiles, QuantisedTiles)
+        return self.quantised_mlp, {"inputs": quantised_mlp.quantise_inputs(x_TH, form, tiles)}
 
     def sorted_for(self, tiles: TileConfig | None, lists: Dispatch | None) -> dict[str, Any]:
         """Arguments that hand a step's sorted pairs to ``expert_mlp``."""

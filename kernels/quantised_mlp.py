@@ -23,13 +23,19 @@ from vllm_moe_offload.kernels._quantised_mlp_triton import (
 from vllm_moe_offload.kernels.activation import Activation, activate_torch
 from vllm_moe_offload.kernels.dispatch import Dispatch, max_blocks
 from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
-from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import (
     ExpertFormat,
     QuantisedMatrix,
     dequantise,
     quantise_torch,
 )
+from vllm_moe_offload.kernels.quantised_tiles import QuantisedTiles, quantised_tiles
+
+SMALLEST_BLOCK = 16
+"""Pairs of a block at least."""
+
+ROUNDED_AT_ONCE = 2048
+"""Values that a program rounds at most: rows one by one would make more programs than work."""
 
 
 @dataclass(frozen=True)
@@ -76,40 +82,9 @@ class QuantisedWeights:
         """Terms of the second matrix."""
         return self.w2.codes.shape[2] * 8 // self.format.bits
 
-    def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> TileConfig:
-        """Tiles for a layer's experts and a step's pairs, see ``quantised_tiles``."""
+    def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> QuantisedTiles:
+        """Tiles for a layer's experts and a step's pairs, see ``kernels.quantised_tiles``."""
         return quantised_tiles(self.format, num_experts, num_pairs, dtype)
-
-
-def quantised_tiles(
-    form: ExpertFormat, num_experts: int, num_pairs: int, dtype: torch.dtype
-) -> TileConfig:
-    """Choose tiles from shapes alone: what is resident may not change a result's bits.
-
-    Args:
-        form: how the weights are stored.
-        num_experts: E.
-        num_pairs: P, active or not.
-        dtype: of the hidden states.
-    """
-    pairs_per_expert = num_pairs / num_experts
-    block_k = _block_k(form, 32 if dtype == torch.float32 else 128)
-    if dtype == torch.float32:
-        return TileConfig(16 if pairs_per_expert <= 16 else 32, 32, block_k, 1, 4, 2)
-    if pairs_per_expert <= 16:
-        return TileConfig(16, 64, block_k, 1, 4, 4)
-    # Decoding takes registers: more terms at once would spill.
-    block_k = block_k if form.inputs else min(64, block_k)
-    if pairs_per_expert <= 64:
-        return TileConfig(32 if pairs_per_expert <= 32 else 64, 128, block_k, 1, 4, 3)
-    return TileConfig(128, 128, block_k, 8, 8, 3)
-
-
-def _block_k(form: ExpertFormat, wanted: int) -> int:
-    """Terms of a tile: those of a scale of the activations, or such that scales do not cross."""
-    if form.inputs == "group":
-        return form.scale_terms
-    return min(wanted, form.scale_terms) if form.scale_terms >= 64 else wanted
 
 
 def quantised_mlp_torch(
@@ -165,15 +140,16 @@ class QuantisedInputs:
     scale_TG: Tensor | None = None
 
 
-def quantise_inputs(x_TH: Tensor, form: ExpertFormat) -> QuantisedInputs:
-    """Round hidden states once for all products of a step, if their format asks for it."""
-    if form.inputs not in ("group", "token"):
+def quantise_inputs(x_TH: Tensor, form: ExpertFormat, tiles: QuantisedTiles) -> QuantisedInputs:
+    """Round hidden states once for all products of a step, unless these do it or none is asked."""
+    if form.inputs not in ("group", "token") or tiles.rounds_inside:
         return QuantisedInputs(x_TH)
     (tokens, hidden), group = x_TH.shape, _group(form, x_TH.shape[1])
     codes, scale_TG = _empty_inputs(tokens, hidden, group, x_TH.device)
     if tokens:
-        quantise_rows_kernel[(tokens, scale_TG.shape[1])](
-            x_TH, x_TH.stride(0), codes, scale_TG, **_grouping(form, hidden)
+        options = _grouping(form, hidden)
+        quantise_rows_kernel[(triton.cdiv(tokens, options["ROWS"]), scale_TG.shape[1])](
+            x_TH, x_TH.stride(0), codes, scale_TG, tokens, **options
         )
     return QuantisedInputs(codes, scale_TG)
 
@@ -189,10 +165,11 @@ def _empty_inputs(rows: int, terms: int, group: int, device: torch.device) -> tu
 
 def _grouping(form: ExpertFormat, terms: int) -> dict[str, Any]:
     group = _group(form, terms)
+    block = triton.next_power_of_2(group)
     return {
-        "WIDTH": terms, "GROUP": group, "BLOCK": triton.next_power_of_2(group),
-        "OF_MAXIMUM": form.inputs == "group", "ROUND": _interpreted(),
-        "num_warps": 1 if group <= 256 else 4,
+        "WIDTH": terms, "GROUP": group, "BLOCK": block,
+        "ROWS": max(1, min(SMALLEST_BLOCK, ROUNDED_AT_ONCE // block)),
+        "OF_MAXIMUM": form.inputs == "group", "ROUND": _interpreted(), "num_warps": 4,
     }  # fmt: skip
 
 
@@ -211,7 +188,7 @@ def quantised_mlp(
     *,
     weight_on_input: bool = False,
     dispatch: Dispatch | None = None,
-    config: TileConfig | None = None,
+    config: QuantisedTiles | None = None,
     inputs: QuantisedInputs | None = None,
 ) -> None:
     """Do what ``quantised_mlp_torch`` does, in grouped products that decode their weights.
@@ -229,7 +206,7 @@ def quantised_mlp(
         dispatch = Dispatch.empty(num_pairs, num_experts, config.block_m, x_TH.device)
         sort_pairs(ids_TK, dispatch)
     assert dispatch.block_m == config.block_m, "pairs were sorted for other tiles"
-    inputs = quantise_inputs(x_TH, form) if inputs is None else inputs
+    inputs = quantise_inputs(x_TH, form, config) if inputs is None else inputs
     step = Step(x_TH, weight_TK, row_of_E, weights, activation, weight_on_input, dispatch, config)
     inner = step.between(step.gate_up(inputs))
     step.down(inner, out_TKH.view(num_pairs, weights.hidden))
@@ -246,7 +223,7 @@ class Step:
     activation: Activation
     weight_on_input: bool
     dispatch: Dispatch
-    config: TileConfig
+    config: QuantisedTiles
 
     @property
     def num_pairs(self) -> int:
@@ -296,17 +273,18 @@ class Step:
         return hidden_PI
 
     def between(self, hidden_PI: Tensor) -> QuantisedInputs:
-        """Round what lies between the products, if the format asks for it."""
+        """Round what lies between the products, unless these do it or none is asked."""
         form, intermediate = self.weights.format, self.weights.intermediate
-        if form.inputs not in ("group", "token"):
+        if form.inputs not in ("group", "token") or self.config.rounds_inside:
             return QuantisedInputs(hidden_PI)
         codes, scale_PG = _empty_inputs(
             self.num_pairs, intermediate, _group(form, intermediate), hidden_PI.device
         )
-        quantise_pairs_kernel[(self.num_blocks * self.config.block_m, scale_PG.shape[1])](
-            hidden_PI, codes, scale_PG, *self._lists, BLOCK_M=self.config.block_m,
-            **_grouping(form, intermediate),
-        )  # fmt: skip
+        options = _grouping(form, intermediate)
+        programs = self.num_blocks * self.config.block_m // options["ROWS"]
+        quantise_pairs_kernel[(programs, scale_PG.shape[1])](
+            hidden_PI, codes, scale_PG, *self._lists, BLOCK_M=self.config.block_m, **options
+        )
         return QuantisedInputs(codes, scale_PG)
 
     def down(self, inner: QuantisedInputs, out_PH: Tensor) -> None:

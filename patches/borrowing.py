@@ -98,7 +98,7 @@ class Borrowing:
 
         if not isinstance(output, AsyncModelRunnerOutput | ModelRunnerOutput):
             return output
-        report = self._engine.lending_report()
+        report = self.borrower.report()
         if isinstance(output, AsyncModelRunnerOutput):
             finish: Callable[[], Any] = output.get_output
             output.get_output = lambda: _with_report(finish(), report)
@@ -106,7 +106,7 @@ class Borrowing:
         return _with_report(output, report)
 
 
-def _with_report(output: Any, report: Report | None) -> Any:
+def _with_report(output: Any, report: Report) -> Any:
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
     if output is EMPTY_MODEL_RUNNER_OUTPUT:

@@ -19,7 +19,8 @@ from vllm.logger import init_logger
 
 from vllm_moe_offload import fill
 from vllm_moe_offload.config import KEY, MoeOffloadConfig
-from vllm_moe_offload.engine import OffloadEngine, describe
+from vllm_moe_offload.engine import OffloadEngine
+from vllm_moe_offload.engine_report import describe
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.graph_ends import spans_layers
 from vllm_moe_offload.patches.kv_layout import why_not_shared
@@ -100,10 +101,10 @@ def _create_model(
     if engine.config.predictor == "gate":
         engine.routers = find_routers(model, engine.specs)
     _choose_memory(engine, vllm_config, is_served=model_config is vllm_config.model_config)
-    engine.plan()
+    budget = engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.
     if vllm_config.load_config.load_format != "dummy":  # it leaves integers as they are
         for spec, segment in zip(engine.specs, engine.pool.segments, strict=True):
             fill.mark(segment.filled_views(), spec.transposed)
-    logger.info("%s", describe(engine))
+    logger.info("%s", describe(engine.specs, budget, engine.device.type))
     return model

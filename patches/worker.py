@@ -46,6 +46,7 @@ def apply(module: ModuleType) -> None:
     wrap(worker, "execute_model", _execute_model)
     wrap(worker, "sample_tokens", _sample_tokens)
     wrap(worker, "sleep", _sleep)
+    wrap(worker, "discard", _discard)
     wrap(worker, "reload_weights", _refuse_weights)
     wrap(worker, "start_weight_update", _refuse_weights)
     wrap(worker, "shutdown", _shutdown)
@@ -201,6 +202,13 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
     if borrowing := _borrowing(self):
         borrowing.empty()
     return original(self, level)
+
+
+def _discard(original: Callable[..., Any], self: Any, tags: tuple[str, ...]) -> Any:
+    """Give up parts of the memory, which with the KV cache are the slots that are borrowed."""
+    if borrowing := _borrowing(self):
+        borrowing.empty()
+    return original(self, tags)
 
 
 def _refuse_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@ Knows nothing of vLLM. Life of an engine: ``add_layer`` for every MoE layer whil
 built, ``plan`` once before the weights come, ``finish_loading`` after, then ``run``. An engine
 whose slots are borrowed from the KV cache has none until ``borrow``, and everything streams.
 
-Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, R staging rows.
+Legend: T tokens, K choices a token, E local experts of a layer, H hidden size, L layers,
+S slots of a layer, B bytes of a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,36 +17,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.arena import SlotArena
-from vllm_moe_offload.beside import Beside, beside_on
+from vllm_moe_offload.assembly import Memory, make_layers, make_step_log
 from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
+from vllm_moe_offload.engine_report import cost_of_unpinned
 from vllm_moe_offload.engine_stats import EngineStats
-from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.eviction import AdaptiveEviction
+from vllm_moe_offload.eviction import AdaptiveEviction, make_eviction
 from vllm_moe_offload.foresight import check_foresight, make_prefetch
-from vllm_moe_offload.kernels.operations import operations_for
 from vllm_moe_offload.kernels.resolve import NOWHERE
 from vllm_moe_offload.lending.borrower import Borrower
 from vllm_moe_offload.lending.boundary import Boundary
-from vllm_moe_offload.lending.orders import Report
 from vllm_moe_offload.lending.rows import borrowed_rows
 from vllm_moe_offload.memory import available_host_memory
-from vllm_moe_offload.offloaded_layer import Block, LayerSpec, OffloadedLayer
+from vllm_moe_offload.offloaded_layer import LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
 from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
-from vllm_moe_offload.prefetch import Prefetch, row_seconds
+from vllm_moe_offload.prefetch import Prefetch
+from vllm_moe_offload.residencies import Residencies
 from vllm_moe_offload.residency import Residency
-from vllm_moe_offload.sizes import format_size
-from vllm_moe_offload.staging import Staging, rows_of
-from vllm_moe_offload.step import MAX_PARTS, run_step
-from vllm_moe_offload.step_log import MAX_EXPERTS, StepLog
+from vllm_moe_offload.staging import Staging
+from vllm_moe_offload.step import run_step
+from vllm_moe_offload.step_log import StepLog
 from vllm_moe_offload.sweep import Sweep
 from vllm_moe_offload.traffic import Traffic
+from vllm_moe_offload.transfer_time import row_seconds_by_layer
 
 
 class OffloadEngine:
@@ -83,7 +83,6 @@ class OffloadEngine:
         self._sweep: Sweep | None = None
         self._eviction: AdaptiveEviction | None = None
         self._counters: Counters | None = None
-        self._traffic: Traffic | None = None
         self._prefetch: Prefetch | None = None
         self._spans_layers = spans_layers
         self._say = say or (lambda _: None)
@@ -94,7 +93,6 @@ class OffloadEngine:
         self.not_shared: str | None = None
         """Why they are not, if they were to be."""
         self.borrower: Borrower | None = None
-        self._slot_rows: list[Tensor] = []
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
         self._seconds_of_L: list[float] = []
 
@@ -129,8 +127,9 @@ class OffloadEngine:
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
         self.staging = Staging(budget.staging_bytes, budget.largest_staged_row, self.device)
         if self._log_tokens:
-            top_k = self._common_top_k()
-            self.step_log = StepLog(len(self.specs), self._log_tokens, top_k, self.device)
+            self.step_log = make_step_log(
+                self.specs, self._log_tokens, self.device, self.config.trace_path
+            )
         self.budget = budget
         return budget
 
@@ -139,9 +138,8 @@ class OffloadEngine:
         if self._layers:
             return
         if self.device.type == "cuda" and (held := self.pool.register(self.device)):
-            self._say(_cost_of_unpinned(held, self.pool.num_bytes))
-        self._slot_rows = [self.arena.rows(number) for number in range(len(self.specs))]
-        self._make_ready(least_open=None)
+            self._say(cost_of_unpinned(held, self.pool.num_bytes))
+        self._make_ready([self.arena.rows(n) for n in range(len(self.specs))], least_open=None)
 
     def borrow(self, buffer: Tensor, boundary: Boundary) -> Borrower:
         """Take slots from the KV cache's buffer; before any graph is captured that stays.
@@ -155,18 +153,23 @@ class OffloadEngine:
         """
         assert self.borrows, "the engine was planned with slots of its own"
         assert self._layers, "slots are borrowed when the weights are there"
-        self._slot_rows = [borrowed_rows(buffer, boundary, n) for n in range(len(self.specs))]
-        self._make_ready(least_open=boundary.min_increments)
-        self._traffic = Traffic(self._layers, self.device)
-        residencies = [layer.residency for layer in self._layers]
-        self.borrower = Borrower(boundary, buffer, residencies, self._settle)
+        slot_rows_L = [borrowed_rows(buffer, boundary, n) for n in range(len(self.specs))]
+        residencies = self._make_ready(slot_rows_L, least_open=boundary.min_increments)
+        traffic = Traffic(self._layers, self._seconds_of_L, self.device)
+        self.borrower = Borrower(boundary, buffer, residencies, traffic, self._settle)
         return self.borrower
 
-    def _make_ready(self, *, least_open: int | None) -> None:
-        self._eviction = self._make_eviction(least_open)
-        beside = beside_on(self.device)
-        self._layers = [self._ready(n, beside, least_open) for n in range(len(self.specs))]
-        self._seconds_of_L = self._row_seconds()
+    def _make_ready(self, slot_rows_L: Sequence[Tensor], *, least_open: int | None) -> Residencies:
+        """Make all layers anew over these slots, all empty, with what watches over them."""
+        experts = [spec.num_experts for spec in self.specs]
+        slots = [rows.shape[0] for rows in slot_rows_L]
+        self._eviction = make_eviction(self.config.policy, experts, slots, least_open, self.device)
+        residencies = Residencies(
+            experts, slots, self.device, self._eviction, least_open=least_open
+        )
+        memory = Memory(self.pool, self.staging, self.step_log, self.device)
+        self._layers = make_layers(self.specs, memory, slot_rows_L, residencies)
+        self._seconds_of_L = row_seconds_by_layer(self._layers, self.device)
         self._counters = Counters(self._layers, self.device, self._seconds_of_L)
         self._sweep = None
         if self.device.type == "cuda" and self.staging.num_bytes > 0:
@@ -175,6 +178,7 @@ class OffloadEngine:
         self._prefetch = make_prefetch(
             self.config, self._layers, self.routers, self.device, self._spans_layers, self._say
         )
+        return residencies
 
     def _settle(self) -> None:
         """Compute nothing more before copies that go on beside are there, and plan them anew."""
@@ -196,16 +200,11 @@ class OffloadEngine:
         self._score_LE = score_LE
         filled = 0
         for number, (layer, score_E) in enumerate(zip(self._layers, score_LE, strict=True)):
-            routing = layer.spec.routing
-            assert routing is not None
-            local_E = np.asarray(score_E)[list(routing.id_of_E)]
-            hottest = np.argsort(-local_E, kind="stable")[: layer.residency.num_open]
-            experts = hottest[local_E[hottest] > 0].astype(np.int32)
-            on_device = torch.from_numpy(experts).to(self.device)
-            layer.fill(on_device)
+            experts = torch.from_numpy(layer.hottest(np.asarray(score_E))).to(self.device)
+            layer.fill(experts)
             if self._eviction is not None:
-                self._eviction.note_fill(number, on_device)
-            filled += experts.size
+                self._eviction.note_fill(number, experts)
+            filled += experts.numel()
         return filled
 
     def refill_slots(self) -> int | None:
@@ -304,33 +303,16 @@ class OffloadEngine:
         """Return about the same while steps go on, which do not notice; see ``Counters``."""
         return self._counters.snapshot() if self._counters else []
 
-    def total(self, layers: Sequence[LayerCounts]) -> EngineStats:
+    def total(self, counts: Sequence[LayerCounts]) -> EngineStats:
         """Add up the counts of all layers."""
-        demand_bytes = sum(layer.demand_bytes for layer in layers)
-        wave_bytes = sum(layer.wave_bytes for layer in layers)
-        prefetch_bytes = sum(layer.prefetch_bytes for layer in layers)
-        return EngineStats(
+        return EngineStats.of(
+            counts,
             layers=len(self.specs),
             experts_in_pool=sum(spec.num_experts for spec in self.specs),
-            slots=sum(layer.slots for layer in layers),
-            resident=sum(layer.resident for layer in layers),
             pool_bytes=self.pool.num_bytes,
             slot_bytes=self.arena.num_bytes + self.lent_bytes,
             lent_bytes=self.lent_bytes,
             staging_bytes=self.staging.num_bytes,
-            active=sum(layer.active for layer in layers),
-            hits=sum(layer.hits for layer in layers),
-            misses=sum(layer.misses for layer in layers),
-            streamed=sum(layer.streams for layer in layers),
-            demand_bytes=demand_bytes,
-            wave_bytes=wave_bytes,
-            bytes_moved=demand_bytes + wave_bytes + prefetch_bytes,
-            prefetch_bytes=prefetch_bytes,
-            prefetched=sum(layer.prefetched for layer in layers),
-            prefetch_hits=sum(layer.prefetch_hits for layer in layers),
-            found=sum(layer.found for layer in layers),
-            foreseeable=sum(layer.foreseeable for layer in layers),
-            transfer_seconds=sum(layer.transfer_seconds for layer in layers),
         )
 
     @property
@@ -338,8 +320,7 @@ class OffloadEngine:
         """First block of the KV cache that experts hold now, and how many blocks there are."""
         if self.borrower is None:
             return None
-        boundary = self.borrower.boundary
-        return boundary.first_block(self.borrower.increments), boundary.num_blocks
+        return self.borrower.first_block, self.borrower.boundary.num_blocks
 
     @property
     def lent_bytes(self) -> int:
@@ -350,16 +331,6 @@ class OffloadEngine:
     def predictor(self) -> Predictor | None:
         """What guesses the next layer's experts, if anything does."""
         return self._prefetch.predictor if self._prefetch else None
-
-    def lending_report(self) -> Report | None:
-        """What the scheduler hears of the slots that are borrowed; never waits for the device."""
-        if self.borrower is None or self._traffic is None:
-            return None
-        seconds = sum(self._seconds_of_L)
-        row_bytes = self.borrower.boundary.increment_bytes
-        return self.borrower.report(
-            self._traffic.num_bytes(), row_bytes / seconds if seconds else 0.0
-        )
 
     def reset_stats(self) -> None:
         """Start counting anew; residency stays."""
@@ -403,31 +374,8 @@ class OffloadEngine:
     def close(self) -> None:
         """Unpin the pool."""
         self._layers = []
-        self._counters = self._prefetch = self._traffic = self.borrower = None
-        self._slot_rows = []
+        self._counters = self._prefetch = self.borrower = None
         self.pool.close()
-
-    def _common_top_k(self) -> int:
-        """Experts a token of all layers.
-
-        Raises:
-            OffloadError: the layers differ, or have more experts than a log can tell apart.
-        """
-        routings = [spec.routing for spec in self.specs]
-        top_ks = sorted({routing.top_k for routing in routings if routing is not None})
-        problem = None
-        if len(top_ks) != 1 or None in routings:
-            problem = f"its layers choose different numbers of experts a token: {top_ks}"
-        elif max(r.num_experts for r in routings if r is not None) > MAX_EXPERTS:
-            problem = f"it has layers of more than {MAX_EXPERTS} experts"
-        if problem:
-            raise OffloadError(
-                "trace_path",
-                self.config.trace_path,
-                f"this model cannot be recorded: {problem}",
-                "Drop trace_path",
-            )
-        return top_ks[0]
 
     def _check(self, budget: Budget) -> None:
         host = available_host_memory().shared_by(self._workers_on_host)
@@ -440,73 +388,3 @@ class OffloadEngine:
             device_name=host.limited_by if on_host else torch.cuda.get_device_name(self.device),
             device_is_host=on_host,
         )
-
-    def _make_eviction(self, least_open: int | None) -> AdaptiveEviction | None:
-        experts = [spec.num_experts for spec in self.specs]
-        slots = [rows.shape[0] for rows in self._slot_rows]
-        open_ = slots if least_open is None else [least_open] * len(slots)
-        # Where all experts have slots, or none has, nobody is ever evicted.
-        evicts = any(s > 0 and o < e for e, s, o in zip(experts, slots, open_, strict=True))
-        if self.config.policy != "adaptive" or not evicts:
-            return None
-        return AdaptiveEviction(experts, slots, self.device, operations_for(self.device))
-
-    def _row_seconds(self) -> list[float]:
-        """What an expert of each layer takes to a slot, at the rate of the largest one."""
-        loading = [x for x in self._layers if x.residency.num_slots > 0 and not x.is_held]
-        if not loading:
-            return [0.0] * len(self._layers)  # Nothing ever crosses the link to a slot.
-        largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
-        per_byte = row_seconds(largest, self.device) / largest.spec.layout.row_bytes
-        return [per_byte * spec.layout.row_bytes for spec in self.specs]
-
-    def _ready(self, number: int, beside: Beside, least_open: int | None) -> OffloadedLayer:
-        spec, segment = self.specs[number], self.pool.segments[number]
-        slots, experts = self._slot_rows[number], self.specs[number].num_experts
-        order = self._eviction.order(number) if self._eviction is not None else None
-        return OffloadedLayer(
-            spec=spec,
-            pool_rows_EB=self.pool.device_rows(segment, self.device),
-            slots=Block.of(spec, slots),
-            halves=self._staged(spec, self.staging.halves),
-            blocks=self._staged(spec, self.staging.blocks),
-            residency=Residency(experts, slots.shape[0], self.device, order, least_open=least_open),
-            row_of_E=torch.empty(experts, dtype=torch.int32, device=self.device),
-            slot_of_AE=torch.empty(1 + MAX_PARTS, experts, dtype=torch.int32, device=self.device),
-            operations=operations_for(self.device),
-            beside=beside,
-            is_held=self.pool.is_held(segment),
-            log_TK=self.step_log.layer(number) if self.step_log else None,
-        )
-
-    @staticmethod
-    def _staged(spec: LayerSpec, blocks: Sequence[Tensor]) -> tuple[Block, ...]:
-        layout, limit = spec.layout, spec.num_experts
-        return tuple(Block.of(spec, rows_of(block, layout, limit=limit)) for block in blocks)
-
-
-def describe(engine: OffloadEngine) -> str:
-    """One line on what was offloaded and what it takes."""
-    assert engine.budget is not None
-    budget, specs = engine.budget, engine.specs
-    experts = sorted({spec.num_experts for spec in specs})
-    return (
-        f"moe-offload: {len(specs)} MoE layers of {_span(experts)} experts, "
-        f"{format_size(budget.pool_bytes)} in the host pool, "
-        f"{_span(sorted(set(budget.slots)))} slots a layer taking "
-        f"{format_size(budget.slot_bytes)} of {engine.device.type} memory, "
-        f"{format_size(budget.staging_bytes)} of staging"
-    )
-
-
-def _cost_of_unpinned(held: int, total: int) -> str:
-    return (
-        f"CUDA refused to pin {format_size(held)} of the host pool's {format_size(total)}. These "
-        "experts are held in GPU memory as a whole, which leaves that much less to the KV cache. "
-        "Raise the limit on locked memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or "
-        "free host memory."
-    )
-
-
-def _span(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_moe_offload.kernels.candidates import EXPERT_BITS, FIRST, HIT, LRU, MAX_AGE
+from vllm_moe_offload.kernels.candidates import (
+    CANDIDATES,
+    EXPERT_BITS,
+    FIRST,
+    HIT,
+    LRU,
+    MAX_AGE,
+    SEQUEL_UNIT,
+    SOON,
+)
 from vllm_moe_offload.kernels.learn import AS_LRU, ORDERS, AdaptiveTables, Standing
-from vllm_moe_offload.kernels.operations import Operations
+from vllm_moe_offload.kernels.operations import Operations, operations_for
 from vllm_moe_offload.kernels.resolve import EvictionOrder
 
 
@@ -52,13 +61,13 @@ class AdaptiveEviction:
         Args:
             layer: its number.
             experts: int32 on the device. As in residency the first counts as the most recently
-                used, and LRU's cache is filled alike.
+                used, and the candidates' caches are filled alike.
         """
         age = 1 + torch.arange(experts.numel(), dtype=torch.int32, device=experts.device)
         rank_RE = self.tables.rank_LRE[layer]
         rank_RE[LRU, experts.long()] = ((MAX_AGE - age) << EXPERT_BITS) | experts
         rank_RE[AS_LRU] = rank_RE[LRU]
-        self.tables.held_LE[layer] &= (1 << AS_LRU) - 1
+        self.tables.held_LE[layer] = 0
 
     def check_integrity(self) -> None:
         """Raise unless ranks, LRU's cache, averages and the balance are such as can be."""
@@ -67,16 +76,46 @@ class AdaptiveEviction:
         ranked = tables.rank_LRE & ((1 << EXPERT_BITS) - 1)
         assert bool((ranked == expert_E).all()), "a rank is not that of its expert"
         assert bool((tables.rank_LRE >= 0).all()), "a rank is below that of an empty slot"
-        lru_LE = (tables.held_LE >> AS_LRU) & 1
-        # It learns of slots that have closed with the next step, as does the balance below.
-        slots_L = torch.tensor(self._num_slots, device=lru_LE.device)
-        assert bool((lru_LE.sum(1) <= slots_L).all()), "LRU's cache outgrows the slots"
-        as_lru_LE = tables.rank_LRE[:, LRU] + FIRST * lru_LE
+        # They learn of slots that have closed with the next step, as does the balance below.
+        slots_L = torch.tensor(self._num_slots, device=tables.held_LE.device)
+        for candidate in range(CANDIDATES):
+            count_L = ((tables.held_LE >> candidate) & 1).sum(1)
+            assert bool((count_L <= slots_L).all()), "a candidate's cache outgrows the slots"
+        assert not (tables.held_LE >> CANDIDATES).any(), "a cache of no candidate"
+        as_lru_LE = tables.rank_LRE[:, LRU] + FIRST * ((tables.held_LE >> LRU) & 1)
         assert torch.equal(tables.rank_LRE[:, AS_LRU].long(), as_lru_LE.long())
         for held_E, experts in zip(tables.held_LE, self._num_experts, strict=True):
             assert not held_E[experts:].any(), "an expert is held that the layer does not have"
+        most = SEQUEL_UNIT * len(SOON)
+        sequel = tables.sequel_LEE
+        assert bool(((sequel >= 0) & (sequel <= most)).all()), "a sequel is out of range"
+        assert not tables.expected_LE.any(), "what was expected is left over"
         average = tables.average_LFE
         assert bool(((average >= 0) & (average <= 1)).all()), "an average is out of range"
         assert bool(((tables.row_L >= 0) & (tables.row_L < ORDERS)).all()), "there is no such order"
         ceiling = HIT * (sum(self._num_slots) + tables.num_layers)
         assert int(tables.standing[Standing.BALANCE]) <= ceiling, "the balance is above its ceiling"
+
+
+def make_eviction(
+    policy: str,
+    num_experts: Sequence[int],
+    num_slots: Sequence[int],
+    least_open: int | None,
+    device: torch.device,
+) -> AdaptiveEviction | None:
+    """What the option asks for; None for LRU, and where nobody is ever evicted.
+
+    Args:
+        policy: the option.
+        num_experts: local experts of each layer.
+        num_slots: slots of each layer.
+        least_open: slots of every layer that never close, None if none ever does.
+        device: where the tables live.
+    """
+    open_ = num_slots if least_open is None else [least_open] * len(num_slots)
+    # Where all experts have slots, or none has, nobody loses one.
+    evicts = any(s > 0 and o < e for e, s, o in zip(num_experts, num_slots, open_, strict=True))
+    if policy != "adaptive" or not evicts:
+        return None
+    return AdaptiveEviction(num_experts, num_slots, device, operations_for(device))

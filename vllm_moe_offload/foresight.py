@@ -11,9 +11,10 @@ from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.gate import GatePredictor, Router
 from vllm_moe_offload.predictors.markov import MarkovPredictor
 from vllm_moe_offload.predictors.predictor import Predictor
-from vllm_moe_offload.prefetch import MAX_TOKENS, Prefetch, row_seconds
+from vllm_moe_offload.prefetch import MAX_TOKENS, Prefetch
 from vllm_moe_offload.prefetch_control import PrefetchControl
 from vllm_moe_offload.sizes import MIB, format_size
+from vllm_moe_offload.transfer_time import row_seconds
 
 Routers = Sequence[Router]
 

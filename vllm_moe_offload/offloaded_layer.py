@@ -7,6 +7,8 @@ I intermediate size, B bytes of a row, A arrivals (see ``kernels.resolve``).
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_moe_offload.beside import Beside
@@ -124,6 +126,17 @@ class OffloadedLayer:
         log = self.log(chosen_TK)
         if log is not None:
             log_torch(log)
+
+    def hottest(self, score_E: NDArray[np.floating]) -> NDArray[np.int32]:
+        """The local experts of positive score that the open slots can hold, best first.
+
+        Args:
+            score_E: of each of the router's experts.
+        """
+        assert self.spec.routing is not None
+        local_E = score_E[list(self.spec.routing.id_of_E)]
+        best = np.argsort(-local_E, kind="stable")[: self.residency.num_open]
+        return best[local_E[best] > 0].astype(np.int32)
 
     def fill(self, experts: Tensor) -> None:
         """Let these local experts, the hottest first, be the only ones in the slots."""

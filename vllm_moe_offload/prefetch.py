@@ -231,26 +231,3 @@ def _moved(layers: Sequence[OffloadedLayer]) -> Tensor:
     """Experts moved to the device on demand by all layers since the start, int64 [1]."""
     counters = torch.stack([x.residency.work.counters for x in layers if not x.is_held])
     return (counters[:, Counter.LOADS] + counters[:, Counter.STREAMS]).sum(0, keepdim=True)
-
-
-def row_seconds(layer: OffloadedLayer, device: torch.device) -> float:
-    """Measure how long one expert takes to the device; waits for it.
-
-    Into staging where there is some, for slots may be somebody else's memory; else into slots,
-    in which nothing may be resident.
-    """
-    block = layer.halves[0] if layer.halves[0].num_rows else layer.slots
-    rows = min(block.num_rows, layer.spec.num_experts, 16)
-    number_N = torch.arange(rows, dtype=torch.int32, device=device)
-    length = torch.full((1,), rows, dtype=torch.int32, device=device)
-    gather = operations_for(device).gather
-
-    def run() -> float:
-        start = time.perf_counter()
-        gather(layer.pool_rows_EB, block.rows_RB, number_N, number_N, length)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    run()
-    return min(run() for _ in range(3)) / rows

@@ -6,7 +6,7 @@ saves a transfer, one that does not takes the link and a slot.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 OFF = -1
 """Instead of a number of rows: predict nothing, so that the predictor costs nothing either."""
@@ -19,6 +19,10 @@ TURN = 16
 
 SKIPPED = 2
 """First steps of a turn that are not counted: what they find in the slots the other turn left."""
+
+TRIMMED = 2
+"""Slowest and quickest steps of a turn that are left out: a host that is held up for once would
+decide the trial."""
 
 PAIRS = 6
 """Turns of either setting in a trial."""
@@ -70,12 +74,11 @@ class StepCost:
 
 @dataclass
 class _Turn:
-    """The steps of one turn: how many count, for how long, and what was moved meanwhile."""
+    """The steps of one turn: how long each that counts took, and what was moved meanwhile."""
 
     rows: int = OFF
     tokens: int | None = None
-    steps: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     is_mixed: bool = False
     first_moved: int | None = None
     last_moved: int | None = None
@@ -87,21 +90,27 @@ class _Turn:
             return
         self.is_mixed |= self.tokens not in (None, cost.tokens)
         self.tokens = cost.tokens
-        self.steps += 1
-        self.seconds += cost.seconds
+        self.seconds.append(cost.seconds)
         self.last_moved = cost.moved
 
     @property
     def is_whole(self) -> bool:
-        return not self.is_mixed and self.steps == TURN - SKIPPED
+        return not self.is_mixed and len(self.seconds) == TURN - SKIPPED
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step of a whole turn takes."""
+        usual = sorted(self.seconds)[TRIMMED:-TRIMMED]
+        return sum(usual) / len(usual)
 
     @property
     def is_counted(self) -> bool:
         return self.is_whole and None not in (self.first_moved, self.last_moved)
 
     @property
-    def moved(self) -> int:
-        return (self.last_moved or 0) - (self.first_moved or 0)
+    def moved(self) -> float:
+        """Experts a step."""
+        return ((self.last_moved or 0) - (self.first_moved or 0)) / len(self.seconds)
 
 
 class PrefetchControl:
@@ -169,7 +178,7 @@ class PrefetchControl:
         last = next((turn for turn in reversed(self._turns[::2]) if turn.is_counted), None)
         if last is None:
             return 0
-        computed = max(0.0, last.seconds - last.moved * self._row_seconds) / last.steps
+        computed = max(0.0, last.step_seconds - last.moved * self._row_seconds)
         hidden = computed / self._layers / self._row_seconds
         return 1 if HALF_A_ROW <= hidden < 1 else int(hidden)
 
@@ -185,7 +194,8 @@ class PrefetchControl:
             return
         gain = 0.0
         if len(fetching) >= LEAST_PAIRS:
-            gain = 1 - sum(on.seconds for _, on in fetching) / sum(o.seconds for o, _ in fetching)
+            on_seconds = sum(on.step_seconds for _, on in fetching)
+            gain = 1 - on_seconds / sum(off.step_seconds for off, _ in fetching)
             self._rows = min(on.rows for _, on in fetching)
         is_on = len(fetching) >= LEAST_PAIRS and gain > (
             GAIN_TO_STAY if self._is_on else GAIN_TO_START

@@ -24,7 +24,6 @@ class Products:
         self._layer = layer
         self._inputs = (x_TH, weight_TK, ids_TK)
         self._rows_TKH = x_TH.new_empty((*ids_TK.shape, layer.slots.weights.hidden))
-        self._product, self._prepared = layer.operations.products(layer.spec.format, x_TH)
         self._tiles: TileConfig | None = None
         self.lists: Dispatch | None = None
         if layer.operations.sorts_pairs:
@@ -35,6 +34,9 @@ class Products:
                 else layer.slots.weights.tiles(experts, ids_TK.numel(), x_TH.dtype)
             )
             self.lists = Dispatch.empty(ids_TK.numel(), experts, self._tiles.block_m, x_TH.device)
+        self._product, self._prepared = layer.operations.products(
+            layer.spec.format, x_TH, self._tiles
+        )
 
     def compute(self, row_of_E: Tensor, weights: ExpertWeights | QuantisedWeights) -> None:
         """Compute the pairs whose expert has a row in ``weights``, see ``kernels.expert_mlp``."""

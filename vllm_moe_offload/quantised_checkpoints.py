@@ -39,6 +39,33 @@ def quantise_checkpoint(source: Path, path: Path, form: str, *, decoded: bool = 
     Returns:
         ``path``.
     """
+    quantise = _QUANTISERS[form]
+    return quantise_experts(
+        source, path, lambda _, weight: quantise(weight), _CONFIGS[form], decoded=decoded
+    )
+
+
+def quantise_experts(
+    source: Path,
+    path: Path,
+    quantise: Callable[[str, Tensor], tuple[Packed, Tensor]],
+    configure: Callable[[list[str]], dict[str, Any]],
+    *,
+    decoded: bool = False,
+) -> Path:
+    """Write the twin of a checkpoint whose experts are stored as a function says.
+
+    Args:
+        source: a folder that `make_checkpoint` wrote.
+        path: folder to write.
+        quantise: from the name of an expert's weight and the weight [N, K], or stacked ones
+            [E, N, K], to its tensors and to what they mean.
+        configure: from the names of all other linear layers to the quantisation config.
+        decoded: write what the codes mean in float32 instead, an unquantised checkpoint.
+
+    Returns:
+        ``path``.
+    """
     from safetensors.torch import load_file, save_file
 
     path.mkdir(parents=True, exist_ok=True)
@@ -48,7 +75,7 @@ def quantise_checkpoint(source: Path, path: Path, form: str, *, decoded: bool = 
             if file.is_file():
                 shutil.copy(file, path / file.name)
             continue
-        tensors = dict(_converted(load_file(file), form, decoded))
+        tensors = dict(_converted(load_file(file), quantise, decoded))
         save_file(tensors, path / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     index = {"metadata": {}, "weight_map": weight_map}
@@ -56,7 +83,7 @@ def quantise_checkpoint(source: Path, path: Path, form: str, *, decoded: bool = 
     if not decoded:
         config = json.loads((path / "config.json").read_text())
         skipped = sorted({n.removesuffix(".weight") for n in weight_map if _is_other_linear(n)})
-        config["quantization_config"] = _CONFIGS[form](skipped)
+        config["quantization_config"] = configure(skipped)
         (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
 
@@ -70,25 +97,27 @@ _STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)$")
 
 
 def _converted(
-    tensors: dict[str, Tensor], form: str, decoded: bool
+    tensors: dict[str, Tensor],
+    quantise: Callable[[str, Tensor], tuple[Packed, Tensor]],
+    decoded: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
-        if form == "mxfp4" and _STACKED.match(name):
+        if _STACKED.match(name):
             # Stacked [E, K, N], while blocks run along K.
-            packed, value = _mxfp4(tensor.float().transpose(1, 2))
+            packed, value = quantise(name, tensor.float().transpose(1, 2))
             if decoded:
                 yield name, value.transpose(1, 2).contiguous()
             else:
                 yield from ((f"{name}_{ending}", part) for ending, part in packed.items())
-        elif form != "mxfp4" and _EXPERT.match(name):
-            packed, value = _QUANTISERS[form](tensor.float())
+        elif _EXPERT.match(name):
+            packed, value = quantise(name, tensor.float())
             stem = name.removesuffix("weight")
             if decoded:
                 yield name, value.contiguous()
             else:
                 yield from ((stem + ending, part) for ending, part in packed.items())
-        elif form == "mxfp4" and name.endswith("proj_bias"):
-            # vLLM has no other type for biases beside this format.
+        elif name.endswith("proj_bias"):
+            # vLLM has no other type for the biases of such experts.
             rounded = tensor.bfloat16()
             yield name, rounded.float() if decoded else rounded
         else:
@@ -165,15 +194,18 @@ def _pack_quantized(group: int, bits: int, *, zeros: bool) -> Callable[[Tensor],
     return quantise
 
 
-def _gptq(bits: int) -> Callable[[Tensor], Any]:
+def gptq(bits: int, group: int = 32) -> Callable[[Tensor], tuple[Packed, Tensor]]:
+    """How GPTQ stores a weight [N, K], symmetric; one group a row if ``group`` is 0."""
+
     def quantise(weight_NK: Tensor) -> tuple[Packed, Tensor]:
-        codes, scale, zero, value = _integers(weight_NK, 32, bits, zeros=False)
+        codes, scale, zero, value = _integers(weight_NK, group, bits, zeros=False)
+        terms = weight_NK.shape[1]
         return {
             "qweight": _words(codes, bits).T.contiguous(),
             "scales": scale.T.contiguous(),
             # The format stores zero points less one.
             "qzeros": _words(zero.T - 1, bits),
-            "g_idx": torch.arange(weight_NK.shape[1], dtype=torch.int32) // 32,
+            "g_idx": torch.arange(terms, dtype=torch.int32) // (group or terms),
         }, value
 
     return quantise
@@ -182,13 +214,18 @@ def _gptq(bits: int) -> Callable[[Tensor], Any]:
 _AWQ_LANES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def _awq(weight_NK: Tensor) -> tuple[Packed, Tensor]:
-    codes, scale, zero, value = _integers(weight_NK, 32, 4, zeros=True)
-    return {
-        "qweight": _words(codes.T, 4, _AWQ_LANES),
-        "scales": scale.T.contiguous(),
-        "qzeros": _words(zero.T, 4, _AWQ_LANES),
-    }, value
+def awq(group: int = 32) -> Callable[[Tensor], tuple[Packed, Tensor]]:
+    """How AWQ stores a weight [N, K]."""
+
+    def quantise(weight_NK: Tensor) -> tuple[Packed, Tensor]:
+        codes, scale, zero, value = _integers(weight_NK, group, 4, zeros=True)
+        return {
+            "qweight": _words(codes.T, 4, _AWQ_LANES),
+            "scales": scale.T.contiguous(),
+            "qzeros": _words(zero.T, 4, _AWQ_LANES),
+        }, value
+
+    return quantise
 
 
 def _e2m1(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,16 +240,21 @@ def _bytes_of_nibbles(codes: Tensor) -> Tensor:
 
 
 def _mxfp4(weight_ENK: Tensor) -> tuple[Packed, Tensor]:
-    blocks = weight_ENK.unflatten(2, (-1, 32))
+    blocks = weight_ENK.unflatten(-1, (-1, 32))
     # The largest power of two of a block becomes that of the largest code, 4.
-    largest = blocks.abs().amax(3).clamp(min=2.0**-100)
+    largest = blocks.abs().amax(-1).clamp(min=2.0**-100)
     exponent = torch.floor(torch.log2(largest)) - 2
     codes, value = _e2m1(blocks / torch.exp2(exponent)[..., None])
     packed = {
         "blocks": _bytes_of_nibbles(codes).contiguous(),
         "scales": (exponent + 127).to(torch.uint8),
     }
-    return packed, (value * torch.exp2(exponent)[..., None]).flatten(2)
+    return packed, (value * torch.exp2(exponent)[..., None]).flatten(-2)
+
+
+def _mxfp4_by_expert(weight_NK: Tensor) -> tuple[Packed, Tensor]:
+    packed, value = _mxfp4(weight_NK)
+    return {"weight": packed["blocks"].flatten(1), "weight_scale": packed["scales"]}, value
 
 
 def _nvfp4(weight_NK: Tensor) -> tuple[Packed, Tensor]:
@@ -229,6 +271,17 @@ def _nvfp4(weight_NK: Tensor) -> tuple[Packed, Tensor]:
     }, (value * step).flatten(1)
 
 
+def _nvfp4_packed(weight_NK: Tensor) -> tuple[Packed, Tensor]:
+    packed, value = _nvfp4(weight_NK)
+    return {
+        "weight_packed": packed["weight"],
+        "weight_scale": packed["weight_scale"],
+        # What weights were multiplied by, where the other kind of checkpoint divides.
+        "weight_global_scale": packed["weight_scale_2"].reciprocal().reshape(1),
+        "input_global_scale": packed["input_scale"].reciprocal().reshape(1),
+    }, value
+
+
 _QUANTISERS: dict[str, Callable[[Tensor], tuple[Packed, Tensor]]] = {
     "fp8": _fp8_block,
     "fp8-channel": _fp8_channel,
@@ -237,13 +290,16 @@ _QUANTISERS: dict[str, Callable[[Tensor], tuple[Packed, Tensor]]] = {
     "w4a16-zeros": _pack_quantized(64, 4, zeros=True),
     "w4a16-channel": _pack_quantized(0, 4, zeros=False),
     "w8a16": _pack_quantized(32, 8, zeros=False),
-    "gptq": _gptq(4),
-    "gptq-8bit": _gptq(8),
-    "awq": _awq,
+    "gptq": gptq(4),
+    "gptq-8bit": gptq(8),
+    "awq": awq(),
     "nvfp4": _nvfp4,
+    "nvfp4-packed": _nvfp4_packed,
+    "mxfp4": _mxfp4,
+    "mxfp4-by-expert": _mxfp4_by_expert,
 }
 
-FORMATS: tuple[str, ...] = (*_QUANTISERS, "mxfp4")
+FORMATS: tuple[str, ...] = tuple(_QUANTISERS)
 """What `quantise_checkpoint` writes."""
 
 
@@ -269,6 +325,7 @@ def _packed_config(group: int, bits: int, *, symmetric: bool = True) -> Any:
     return _compressed(weights, None, "pack-quantized")
 
 
+_FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 _FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 
 _CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
@@ -293,8 +350,8 @@ _CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "w4a16-zeros": _packed_config(64, 4, symmetric=False),
     "w4a16-channel": _packed_config(0, 4),
     "w8a16": _packed_config(32, 8),
-    "gptq": lambda skipped: _gptq_config(4, skipped),
-    "gptq-8bit": lambda skipped: _gptq_config(8, skipped),
+    "gptq": lambda skipped: gptq_config(4, 32, skipped),
+    "gptq-8bit": lambda skipped: gptq_config(8, 32, skipped),
     "awq": lambda skipped: {
         "quant_method": "awq",
         "bits": 4,
@@ -310,15 +367,22 @@ _CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
         "ignore": skipped,
         "producer": {"name": "modelopt"},
     },
+    "nvfp4-packed": _compressed(
+        _FLOAT4, {**_FLOAT4, "symmetric": True, "dynamic": "local"}, "nvfp4-pack-quantized"
+    ),
     "mxfp4": lambda skipped: {"quant_method": "mxfp4", "modules_to_not_convert": skipped},
-}
+    "mxfp4-by-expert": lambda skipped: {
+        "quant_method": "mxfp4", "modules_to_not_convert": skipped,
+    },
+}  # fmt: skip
 
 
-def _gptq_config(bits: int, skipped: list[str]) -> dict[str, Any]:
+def gptq_config(bits: int, group: int, skipped: list[str]) -> dict[str, Any]:
+    """The quantisation config of a GPTQ checkpoint that leaves some linear layers as they are."""
     return {
         "quant_method": "gptq",
         "bits": bits,
-        "group_size": 32,
+        "group_size": group or -1,
         "desc_act": False,
         "sym": True,
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped},

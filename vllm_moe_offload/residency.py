@@ -9,7 +9,6 @@ from vllm_moe_offload.kernels.resolve import (
     NEVER,
     NOWHERE,
     Counter,
-    EvictionOrder,
     ResidencyTables,
     WorkList,
 )
@@ -19,27 +18,17 @@ class Residency:
     """One layer's tables, its work list, and the invariant between them.
 
     Args:
-        num_experts: local experts of the layer.
-        num_slots: slots of the layer, from none to one for each expert.
-        device: where the tables live.
-        order: the layer's share of an eviction policy, None for LRU.
+        tables: of the layer, with nobody resident and all slots open.
         least_open: slots that never close, by default all of them; a captured graph counts on
             these.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        num_slots: int,
-        device: torch.device,
-        order: EvictionOrder | None = None,
-        *,
-        least_open: int | None = None,
-    ) -> None:
-        self.least_open = num_slots if least_open is None else least_open
-        self.tables = ResidencyTables.empty(num_experts, num_slots, device, order)
-        self.work = WorkList.empty(num_experts, device)
+    def __init__(self, tables: ResidencyTables, least_open: int | None = None) -> None:
+        self.tables = tables
+        self.work = WorkList.empty(self.num_experts, tables.clock.device)
+        self.least_open = self.num_slots if least_open is None else least_open
         self.first_open = 0
+        """Slots before it are closed; moved for all layers at once, see ``Residencies``."""
 
     @property
     def num_experts(self) -> int:
@@ -65,30 +54,8 @@ class Residency:
         """Experts that have a slot now; waits for the device."""
         return int((self.tables.expert_of_S >= 0).sum())
 
-    def open_from(self, first: int) -> None:
-        """Use the slots from ``first`` on, and none before it.
-
-        Slots that open are empty; experts in slots that close are resident no more. Queued on
-        the device like any other work: what was queued before still reads a closed slot, what
-        comes after neither reads nor fills it.
-        """
-        tables = self.tables
-        if first > self.first_open:
-            closed = slice(self.first_open, first)
-            inside_E = (tables.slot_of_E >= self.first_open) & (tables.slot_of_E < first)
-            tables.slot_of_E.masked_fill_(inside_E, NOWHERE)
-            tables.expert_of_S[closed] = CLOSED
-            tables.stamp_S[closed] = FOREVER
-        else:
-            opened = slice(first, self.first_open)
-            tables.expert_of_S[opened] = NOWHERE
-            tables.stamp_S[opened] = NEVER
-        self.first_open = first
-        if tables.order is not None:
-            tables.order.num_slots.fill_(self.num_open)
-
     def empty(self) -> None:
-        """Let no expert be resident: what the slots held is gone. Queued like ``open_from``."""
+        """Let no expert be resident: what the slots held is gone."""
         tables = self.tables
         tables.slot_of_E.fill_(NOWHERE)
         tables.expert_of_S[self.first_open :] = NOWHERE

@@ -1,4 +1,7 @@
-"""How many bytes of experts have been moved so far, known late but without a step ever waiting."""
+"""How many bytes of experts have been moved so far, known late but without a step ever waiting.
+
+Legend: L layers.
+"""
 
 import time
 from collections.abc import Sequence
@@ -20,10 +23,16 @@ class Traffic:
 
     Args:
         layers: all layers of the model.
+        seconds_of_L: what an expert of each layer takes, as measured; 0 where nothing is moved.
         device: where they count.
     """
 
-    def __init__(self, layers: Sequence[OffloadedLayer], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[OffloadedLayer], seconds_of_L: Sequence[float], device: torch.device
+    ) -> None:
+        num_bytes, seconds = sum(x.spec.layout.row_bytes for x in layers), sum(seconds_of_L)
+        self.bytes_per_second = num_bytes / seconds if seconds else 0.0
+        """Measured rate of such moves, 0 if nothing is ever moved."""
         self._counters = [layer.residency.work.counters for layer in layers]
         on_device = device.type == "cuda"
         rows = [0 if layer.is_held else layer.spec.layout.row_bytes for layer in layers]

@@ -4,7 +4,7 @@ import pytest
 import run
 import torch
 from requirements import same_hits
-from routing import TraceReplay, UniformOverSome
+from routing import Skewed, TraceReplay, UniformOverSome
 from timed_server import empty_slots
 from traces import random_trace
 
@@ -33,6 +33,28 @@ def test_uniform_routing_is_confined_and_set_free():
     assert bool((ids[:, 0] != ids[:, 1]).all())
     strategy.confine(None)
     assert set(ask(strategy, 200)[1].flatten().tolist()) == set(range(EXPERTS))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.8, 2.0])
+def test_skewed_routing_falls_with_the_rank(exponent):
+    torch.manual_seed(0)
+    tokens = 40_000
+    weights, ids = ask(Skewed(exponent), tokens, top_k=1)
+    expected = torch.arange(1, EXPERTS + 1, dtype=torch.float64) ** -exponent
+    expected /= expected.sum()
+    counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
+    deviation = (tokens * expected * (1 - expected)).sqrt()
+    assert bool(((counts - tokens * expected).abs() < 5 * deviation).all())
+    assert bool((weights == 1).all())
+
+
+def test_skewed_routing_chooses_nobody_twice_and_anew_in_every_step():
+    torch.manual_seed(0)
+    strategy = Skewed()
+    weights, ids = ask(strategy, 300, top_k=3)
+    assert bool((ids.sort(1).values.diff(dim=1) > 0).all())
+    assert weights.sum(1) == pytest.approx(torch.ones(300))
+    assert not torch.equal(ids, ask(strategy, 300, top_k=3)[1])
 
 
 def test_a_trace_goes_on_from_step_to_step():
@@ -71,7 +93,7 @@ def engine_for(trace, share):
 def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
     trace = random_trace(3, tokens=60, layers=LAYERS, experts=EXPERTS, top_k=TOP_K)
     trace.save(tmp_path / "trace.npz")
-    replayed = 40
+    replayed = 20
     ids_NLK = torch.from_numpy(trace.expert_ids.astype("int32"))
     rows = []
     for share in (0.5, 0.25):
@@ -83,7 +105,7 @@ def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
                     weights, ids = ask(strategy, 1)
                     engine.run(layer, torch.zeros(1, 4), weights, ids)
 
-        steps(7)  # a warm-up that leaves residents behind
+        steps(3)  # a warm-up that leaves residents behind
         empty_slots(engine)
         strategy.rewind()
         assert engine.stats().resident == engine.stats().active == 0

@@ -135,7 +135,7 @@ def run_learn() -> None:
         for tables in both
         for number, (e, s) in enumerate(sizes)
     ]
-    for _ in range(3):
+    for _ in range(6):  # a sequel is learned from the fifth on
         for number, (experts, _slots) in enumerate(sizes):
             ids = routed(1, 3, experts)
             (tables, work), (expected, listed) = layers[number], layers[number + 2]

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.kernels.candidates import EXPERT_BITS, FAINT, HIT, LRU, MAX_AGE
+from vllm_moe_offload.kernels.candidates import (
+    EXPERT_BITS,
+    FAINT,
+    HIT,
+    LRU,
+    MAX_AGE,
+    SEQUEL_UNIT,
+    SOON,
+)
 from vllm_moe_offload.kernels.learn import (
     AS_LRU,
     CANDIDATES,
@@ -70,10 +78,19 @@ def random_tables(case: Case, device: torch.device) -> AdaptiveTables:
     expert_E = torch.arange(shape[1])
     tables.rank_LRE[:, LRU] = (((MAX_AGE - age_LE) << EXPERT_BITS) | expert_E).int()
 
-    lru_LE = (torch.rand(shape).argsort(1) < tables.slots_L.cpu()[:, None]) & inside_LE
-    lru_LE &= torch.rand(shape[0])[:, None] < 0.7  # the others have empty slots
-    held_LE = torch.randint(1 << CANDIDATES, shape) * used_LE + (lru_LE.int() << AS_LRU)
-    tables.held_LE.copy_(held_LE)
+    # Ranks of all orders are as if a layer had learned before, no two of a layer alike.
+    others = torch.randint(1 << 8, tables.rank_LRE.shape) << EXPERT_BITS
+    tables.rank_LRE[:, LRU + 1 :] = (others | expert_E).int()[:, LRU + 1 :]
+    tables.history_LE.copy_(torch.randint(1 << (SOON[-1] + 1), shape) * inside_LE)
+    most = SEQUEL_UNIT * len(SOON)
+    pairs_LEE = torch.randint(most + 1, tables.sequel_LEE.shape)
+    pairs_LEE *= torch.rand(tables.sequel_LEE.shape) < 0.7
+    tables.sequel_LEE.copy_(pairs_LEE * inside_LE[:, :, None] * inside_LE[:, None])
+    full_LME = torch.rand(shape[0], CANDIDATES, shape[1]).argsort(2)
+    held_LME = (full_LME < tables.slots_L.cpu()[:, None, None]) & inside_LE[:, None]
+    held_LME &= torch.rand(shape[0], CANDIDATES, 1) < 0.8  # the others have empty slots
+    bit_M1 = (1 << torch.arange(CANDIDATES))[:, None]
+    tables.held_LE.copy_((held_LME * bit_M1).sum(1))
     tables.votes_M.copy_(torch.randint(90, (CANDIDATES,)) * 0.37)
     tables.standing[Standing.BALANCE] = case.balance
     tables.standing[Standing.LEADER] = int(torch.randint(CANDIDATES, ()))

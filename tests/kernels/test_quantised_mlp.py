@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from vllm_moe_offload.kernels._decode_triton import code_scale, e2m1, scale_as
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch
-from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import ExpertFormat, quantise_torch
 from vllm_moe_offload.kernels.quantised_mlp import (
     QuantisedWeights,
     quantise_inputs,
     quantised_mlp,
     quantised_mlp_torch,
-    quantised_tiles,
 )
+from vllm_moe_offload.kernels.quantised_tiles import QuantisedTiles, quantised_tiles
 
 NAN = float("nan")
 SILU = Activation("silu")
@@ -46,6 +45,7 @@ class Case:
     biased: bool = False
     weight_on_input: bool = False
     resident: float = 1.0
+    rounds_inside: bool = False
     activation: Activation = SILU
 
     @property
@@ -69,6 +69,7 @@ def cases(draw) -> Case:
         biased=draw(st.booleans()),
         weight_on_input=draw(st.booleans()),
         resident=draw(st.sampled_from((0.0, 0.5, 1.0))),
+        rounds_inside=form.inputs == "group" and draw(st.booleans()),
         activation=draw(st.sampled_from((SILU, Activation("swigluoai")))),
     )
 
@@ -109,12 +110,12 @@ def make(case: Case, device: torch.device) -> Tensors:
     )
 
 
-def small_tiles(form: ExpertFormat) -> TileConfig:
-    tiles = quantised_tiles(form, 1, 1, torch.float32)
-    return replace(tiles, block_n=32, group_m=2)
+def small_tiles(case: Case) -> QuantisedTiles:
+    tiles = quantised_tiles(case.form, 1, 1, torch.float32)
+    return replace(tiles, block_n=32, group_m=2, rounds_inside=case.rounds_inside)
 
 
-def run_both(case: Case, tensors: Tensors, config: TileConfig) -> None:
+def run_both(case: Case, tensors: Tensors, config: QuantisedTiles) -> None:
     out_TKH, expected = tensors.poisoned_out(), tensors.poisoned_out()
     arguments = (
         tensors.x_TH, tensors.weight_TK, tensors.ids_TK, tensors.row_of_E, tensors.weights,
@@ -148,28 +149,42 @@ def off_as_a_whole(out: torch.Tensor, expected: torch.Tensor) -> float:
 @given(case=cases())
 @settings(max_examples=25)
 def test_quantised_mlp(case, device):
-    run_both(case, make(case, device), small_tiles(case.form))
+    run_both(case, make(case, device), small_tiles(case))
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 def test_every_format(form, device):
     case = Case(seed=3, form=form, hidden=256, intermediate=128, biased=True)
-    run_both(case, make(case, device), small_tiles(form))
+    run_both(case, make(case, device), small_tiles(case))
 
 
-@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts"), [(1, 16), (1, 2), (4, 2), (6, 2), (60, 2), (70, 2)]
+)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_the_default_tiles(form, tokens, device):
-    case = Case(seed=4, form=form, tokens=tokens, dtype=torch.bfloat16, num_experts=2)
-    config = quantised_tiles(form, case.num_experts, tokens * case.choices, case.dtype)
+def test_the_default_tiles(form, tokens, num_experts, device):
+    case = Case(seed=4, form=form, tokens=tokens, dtype=torch.bfloat16, num_experts=num_experts)
+    config = quantised_tiles(form, num_experts, tokens * case.choices, case.dtype)
     run_both(case, make(case, device), config)
+
+
+def test_tiles_of_every_step_fit_the_scales():
+    """Scales may not cross tiles, and groups of rounded activations are tiles."""
+    for form in FORMATS.values():
+        for pairs in (1, 16, 128, 256, 1024, 4096, 65536):
+            for dtype in TOLERANCE:
+                tiles = quantised_tiles(form, 128, pairs, dtype)
+                group = form.scale_terms
+                assert not group or tiles.block_k % group == 0 or group % tiles.block_k == 0
+                assert form.inputs != "group" or tiles.block_k == group
+                assert form.inputs == "group" or not tiles.rounds_inside
 
 
 @given(case=cases(), split=st.integers(0, 2**5))
 @settings(max_examples=8)
 def test_the_same_bits_whatever_is_resident(case, split, device):
     case = replace(case, resident=1.0)
-    tensors, config = make(case, device), small_tiles(case.form)
+    tensors, config = make(case, device), small_tiles(case)
     at_once, apart = tensors.poisoned_out(), tensors.poisoned_out()
     arguments = (tensors.x_TH, tensors.weight_TK, tensors.ids_TK)
     quantised_mlp(
@@ -177,7 +192,7 @@ def test_the_same_bits_whatever_is_resident(case, split, device):
     )
     lists = Dispatch.empty(tensors.ids_TK.numel(), case.num_experts, config.block_m, device)
     dispatch(tensors.ids_TK, lists)
-    inputs = quantise_inputs(tensors.x_TH, case.form)
+    inputs = quantise_inputs(tensors.x_TH, case.form, config)
     chosen = torch.tensor([bool(split >> e & 1) for e in range(case.num_experts)], device=device)
     for part in (chosen, ~chosen):
         row_of_E = torch.where(part, tensors.row_of_E, -1).int()
@@ -237,7 +252,7 @@ def test_activations_are_rounded_as_the_format_says(rows, width, inputs, exponen
     x = torch.randn(rows, width) * torch.exp2(torch.randint(-12, 1, (rows, width))) * 2.0**exponent
     x[0, : width // 2] = 0.0
     x = x.to(device, torch.bfloat16)
-    rounded = quantise_inputs(x, form)
+    rounded = quantise_inputs(x, form, quantised_tiles(form, 1, 1, x.dtype))
     codes, scale = quantise_torch(x, inputs, 128)
     assert rounded.scale_TG is not None
     assert torch.equal(rounded.scale_TG, scale)

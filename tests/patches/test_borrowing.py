@@ -18,6 +18,7 @@ from vllm_moe_offload.patches.wrapping import PatchError
 
 PAGE, LAYERS, BLOCKS = 4096, 2, 100
 ROW = 8192
+REPORTED = Report(3, 4, 5, 6.0)
 
 
 class FakeEngine:
@@ -36,11 +37,8 @@ class FakeEngine:
         self.buffer, self.boundary = buffer, boundary
         return SimpleNamespace(
             boundary=boundary, follow=self.followed.append,
-            report=lambda: Report(1, 2),
+            report=lambda: REPORTED,
         )  # fmt: skip
-
-    def lending_report(self):
-        return Report(3, 4, 5, 6.0)
 
     def refill_slots(self):
         self.refilled += 1
@@ -134,7 +132,7 @@ def test_orders_are_followed_once():
 def test_a_warm_start_fills_what_opens_before_the_first_step():
     engine = FakeEngine()
     made = make(engine)
-    assert made.follow_at_once(Order(1, 4)) == Report(1, 2)
+    assert made.follow_at_once(Order(1, 4)) == REPORTED
     assert (engine.followed, engine.refilled) == ([Order(1, 4)], 1)
     made.follow(SimpleNamespace())
     made.follow_at_once(Order(2, 3))
@@ -145,12 +143,12 @@ def test_an_output_carries_a_report():
     output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
     made = make(FakeEngine())
     assert made.attach(output) is output
-    assert getattr(output, REPORT) == Report(3, 4, 5, 6.0)
+    assert getattr(output, REPORT) == REPORTED
 
 
 def test_an_output_that_steps_share_stays_as_it_is():
     attached = make(FakeEngine()).attach(EMPTY_MODEL_RUNNER_OUTPUT)
-    assert getattr(attached, REPORT) == Report(3, 4, 5, 6.0)
+    assert getattr(attached, REPORT) == REPORTED
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, REPORT)
 
 
@@ -165,7 +163,7 @@ def test_a_late_output_carries_it_when_it_is_there():
     late = Late()
     attached = make(FakeEngine()).attach(late)
     assert attached is late
-    assert getattr(attached.get_output(), REPORT) == Report(3, 4, 5, 6.0)
+    assert getattr(attached.get_output(), REPORT) == REPORTED
 
 
 @pytest.mark.parametrize("nothing", [None, "tensors of the next stage"])

@@ -3,6 +3,7 @@
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +13,14 @@ import scheduling
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from vllm.v1.core.block_pool import BlockPool
+from tenants import Worker
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_moe_offload import plugin
-from vllm_moe_offload.lending import lender
 from vllm_moe_offload.lending.boundary import Boundary, floor_blocks
-from vllm_moe_offload.lending.controller import AutoPolicy, FixedPolicy, Ghosts, Policy
+from vllm_moe_offload.lending.controller import AutoPolicy, FixedPolicy, Policy
 from vllm_moe_offload.lending.orders import Order, Report
-from vllm_moe_offload.patches.block_pool import VllmPool
 from vllm_moe_offload.patches.scheduler import ORDER, start_lending
 
 plugin.register()
@@ -35,7 +34,6 @@ BOUNDARY = Boundary(
     most_slots=99,
     least_increments=1,
 )
-EVERYTHING = set(range(1, NUM_BLOCKS))
 
 
 class Whim(FixedPolicy):
@@ -224,6 +222,37 @@ def lent(config):
     return watched
 
 
+def behind_the_step(worker: Worker) -> None:
+    """Let orders be carried out when their step has been computed."""
+    run = worker.run
+
+    def late(output: Any) -> None:
+        order = vars(output).pop(ORDER, None)
+        run(output)
+        if order is not None:
+            worker._follow(order)
+
+    worker.run = late
+
+
+def without_zeros(worker: Worker) -> None:
+    """Let bits of weights stay in blocks that go back."""
+    follow = worker.borrower._follower.follow
+    worker.borrower._follower.follow = lambda order: replace(follow(order), zeroed=range(0))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [(behind_the_step, "wrote into a slot|read NaN"), (without_zeros, "not zeroed")],
+)
+def test_a_worker_that_does_otherwise_is_found_out(lent, broken, message):
+    broken(lent.server.worker)
+    for word in range(3, 9):
+        lent.add([word] * 28, 4)
+    with pytest.raises(AssertionError, match=message):
+        lent.drain()
+
+
 def test_a_request_that_would_wait_is_admitted_in_the_same_step(lent):
     before = lent.ledger.lent
     for word in range(3, 6):
@@ -258,6 +287,29 @@ def test_a_fixed_split_stays(config):
         assert watched.ledger.lent == 5
     confirmed = watched.lending.lender.book.confirmed
     assert (confirmed.number, confirmed.increments) == (1, 5)
+
+
+@pytest.mark.parametrize("watermark", [0.0, 0.1])
+def test_the_longest_sequence_fits_beside_all_that_can_be_lent(checkpoint, watermark):
+    """What vLLM has checked at its start stays true, although it did not know of a boundary."""
+    config = scheduling.make_config(
+        checkpoint("mixtral"), max_model_len=MAX_LEN, overlap=False, watermark=watermark
+    )
+    longest = MAX_LEN // scheduling.BLOCK_SIZE
+    tight = replace(
+        BOUNDARY, row_bytes=(4096,), floor_blocks=floor_blocks(NUM_BLOCKS, longest, watermark)
+    )
+    watched = Watched(config, FixedPolicy(tight.max_increments), boundary=tight)
+    # Less than an increment is left over.
+    spare = tight.first_block(tight.max_increments) - tight.floor_blocks
+    assert 0 <= spare * tight.block_bytes < tight.increment_bytes + tight.block_bytes
+    for word in (1, 2):
+        watched.added.append(watched.server.add([word] * (MAX_LEN - 20), 20))
+    for _ in range(4 * MAX_LEN):
+        watched.server.step()
+        watched.check()
+        assert watched.ledger.lent == tight.max_increments
+    assert sorted(watched.server.finished) == sorted(watched.added)
 
 
 def test_the_prefix_cache_can_be_reset_while_blocks_are_lent(lent):
@@ -296,7 +348,7 @@ def test_a_new_process_starts_from_nothing_lent(lent, config):
 
 def test_schedulers_that_lend_nothing_are_left_alone(config):
     scheduler = scheduling.make_scheduler(config(False), NUM_BLOCKS)
-    server = scheduling.Server(scheduler, BOUNDARY)
+    server = scheduling.Server(scheduler, replace(BOUNDARY, least_increments=0))
     for word in range(8):
         server.add([word] * 20, 20)
     while server.busy:
@@ -309,96 +361,6 @@ def test_a_boundary_of_another_buffer_is_refused(config):
     scheduler = scheduling.make_scheduler(config(False), NUM_BLOCKS - 1)
     with pytest.raises(AssertionError, match="another buffer"):
         start_lending(scheduler, BOUNDARY, FixedPolicy(1))
-
-
-@pytest.fixture
-def pool():
-    return BlockPool(num_gpu_blocks=20, enable_caching=True, hash_block_size=4)
-
-
-def cached(pool: BlockPool, order: list[int]) -> None:
-    """Make every block one of the prefix cache, and free them in this order."""
-    blocks = pool.get_new_blocks(len(order))
-    by_id = {block.block_id: block for block in blocks}
-    for block in blocks:
-        pool._insert_block_hash(block.block_id.to_bytes(8, "big"), block, num_tokens=4)
-    pool.free_blocks([by_id[id_] for id_ in order])
-
-
-def test_cached_blocks_are_taken_coldest_first(pool):
-    order = random.Random(5).sample(range(1, 20), 19)
-    cached(pool, order)
-    ghosts = Ghosts(50)
-    shared = VllmPool(pool, ghosts)
-    ids = range(8, 20)
-    coldest = [id_ for id_ in order if id_ in ids]
-    assert shared.free_among(ids, 5) == coldest[:5]
-    assert sorted(shared.free_among(ids, 12)) == list(ids)
-    shared.take(coldest[:5])
-    standing = shared.standing(2, range(8, 20))
-    assert (standing.used_blocks, standing.cached_blocks, standing.cached_in_run) == (0, 14, 7)
-    keys = [id_.to_bytes(8, "big") for id_ in coldest[:5]]
-    assert ghosts.wanted(keys) == (5, 5)
-    assert ghosts.wanted(keys) == (0, 0)
-    assert pool.get_cached_block(b"", [0]) is None
-
-
-def test_blocks_come_back_in_front_and_the_lowest_first(pool):
-    shared = VllmPool(pool, Ghosts(5))
-    shared.take([19, 12, 15])
-    assert pool.num_gpu_blocks == 17
-    shared.give([12, 15, 19])
-    assert pool.num_gpu_blocks == 20
-    queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    assert queue[:4] == [12, 15, 19, 1]
-
-
-@pytest.mark.parametrize("caching", [True, False])
-def test_the_lowest_of_the_coldest_are_used_first(caching, monkeypatch):
-    monkeypatch.setattr(lender, "WINDOW_BLOCKS", 6)
-    pool = BlockPool(num_gpu_blocks=20, enable_caching=caching, hash_block_size=4)
-    VllmPool(pool, Ghosts(5))
-    order = random.Random(2).sample(range(1, 20), 19)
-    blocks = {block.block_id: block for block in pool.get_new_blocks(19)}
-    pool.free_blocks([blocks[id_] for id_ in order])
-    assert [block.block_id for block in pool.get_new_blocks(1)] == [min(order[:6])]
-    order.remove(min(order[:6]))
-    lowest = sorted(order[:12])[:3]
-    assert [block.block_id for block in pool.get_new_blocks(3)] == lowest
-    left = [id_ for id_ in order if id_ not in lowest]
-    queue = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    assert queue == left
-    assert pool.get_new_blocks(0) == []
-    with pytest.raises(ValueError, match="Cannot get 16"):
-        pool.get_new_blocks(16)
-
-
-def test_ordinary_evictions_are_remembered_too(pool):
-    ghosts = Ghosts(50)
-    cached(pool, list(range(1, 20)))
-    VllmPool(pool, ghosts)
-    pool.get_new_blocks(3)
-    assert ghosts.wanted([id_.to_bytes(8, "big") for id_ in (1, 2, 3, 4)]) == (3, 3)
-    pool.get_new_blocks(1)
-    pool.free_blocks(block for block in pool.blocks if block.ref_cnt)
-    assert pool.reset_prefix_cache()
-    assert ghosts.wanted([(4).to_bytes(8, "big")]) == (0, 0)
-
-
-def test_blocks_in_use_are_never_taken(pool):
-    used = {block.block_id for block in pool.get_new_blocks(6)}
-    shared = VllmPool(pool, Ghosts(5))
-    assert set(shared.free_among(range(1, 20), 99)) == EVERYTHING.intersection(range(1, 20)) - used
-    with pytest.raises(AssertionError):
-        shared.take(sorted(used)[:1])
-
-
-def test_readers_of_freed_blocks_hear_that_they_are_lent(pool):
-    heard = []
-    blocks = pool.get_new_blocks(2)
-    pool.unpin_blocks(blocks, lambda block: heard.append(block.block_id))
-    VllmPool(pool, Ghosts(5)).take([blocks[0].block_id])
-    assert heard == [blocks[0].block_id]
 
 
 def test_moved_targets_are_refused():

@@ -100,6 +100,9 @@ def make_class() -> type:
         def sleep(self, level=1):
             self.calls.append(("sleep", level))
 
+        def discard(self, tags):
+            self.calls.append(("discard", tags))
+
         def reload_weights(self, *args, **kwargs):
             self.calls.append(("reload_weights", args, kwargs))
 
@@ -366,8 +369,10 @@ def test_both_real_workers_are_patched(name):
         assert hasattr(inspect.getattr_static(kind, name), _MARK), f"{kind.__name__}.{name}"
 
 
-def test_sleep_of_the_real_worker_is_patched():
-    assert hasattr(vllm.v1.worker.gpu_worker.Worker.sleep, _MARK)
+@pytest.mark.parametrize("name", ["sleep", "discard"])
+def test_sleep_of_the_real_worker_is_patched(name):
+    """That of the CPU worker does nothing: vLLM has no allocator there that could unmap memory."""
+    assert hasattr(getattr(vllm.v1.worker.gpu_worker.Worker, name), _MARK)
 
 
 def test_engines_hear_of_steps_outside_graphs():
@@ -431,6 +436,17 @@ def test_orders_come_before_steps_and_reports_after(borrower):
 def test_slots_are_emptied_before_sleep(borrower):
     borrower.sleep(1)
     assert borrower.calls == ["empty", ("sleep", 1)]
+
+
+def test_slots_are_emptied_before_the_cache_alone_is_discarded(borrower):
+    borrower.discard(("kv_cache",))
+    assert borrower.calls == ["empty", ("discard", ("kv_cache",))]
+
+
+def test_discarding_is_left_alone_where_nothing_is_borrowed():
+    for made in (loaded(), loaded(FakeEngine())):
+        made.discard(("kv_cache",))
+        assert made.calls == [("discard", ("kv_cache",))]
 
 
 def test_share_of_a_worker_that_offloads_nothing():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tenants import SAMPLED, Worker
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -18,16 +19,12 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_moe_offload.lending.boundary import Boundary
-from vllm_moe_offload.lending.orders import Follower
-from vllm_moe_offload.patches.scheduler import ORDER, REPORT
+from vllm_moe_offload.patches.scheduler import REPORT
 
 BLOCK_SIZE = 4
 
 STEP_S = 0.01
 """What a step takes by ``Server.clock``."""
-
-MISS_BYTES = 10_000_000
-"""What the worker says that it moved in every step."""
 
 
 def make_config(checkpoint: Path, *, max_model_len: int, overlap: bool, **options: Any) -> Any:
@@ -60,7 +57,7 @@ def make_scheduler(config: Any, num_blocks: int) -> Scheduler:
 
 @dataclass
 class Server:
-    """An engine core's loop around a scheduler, with a worker that only follows orders.
+    """An engine core's loop around a scheduler, with a worker that has no model.
 
     Args:
         scheduler: lends, or does not.
@@ -81,7 +78,8 @@ class Server:
     def __post_init__(self) -> None:
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self._in_flight: deque[tuple[Any, list[str], set[int]]] = deque()
-        self._follower = Follower(self.boundary)
+        limit = self.scheduler.vllm_config.model_config.max_model_len
+        self.worker = Worker(self.boundary, BLOCK_SIZE, limit)
         self._added = 0
 
     def add(self, prompt: Sequence[int], max_tokens: int) -> str:
@@ -139,20 +137,17 @@ class Server:
         }
 
     def _answer(self, output: Any, sampling: list[str], in_use: set[int]) -> None:
-        order = getattr(output, ORDER, None)
-        if order is not None:
-            self._follower.follow(order)
-        first = self.boundary.first_block(self._follower.increments)
+        self.worker.run(output)
+        first = self.boundary.first_block(self.worker.borrower.increments)
         assert all(id_ < first for id_ in in_use), "a step touches a block that is lent"
         names = list(output.num_scheduled_tokens)
         answer = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
-            sampled_token_ids=[[7] if name in sampling else [] for name in names],
+            sampled_token_ids=[[SAMPLED] if name in sampling else [] for name in names],
         )
         self.answered += 1
-        report = self._follower.report(miss_bytes=MISS_BYTES * self.answered)
-        setattr(answer, REPORT, report)
+        setattr(answer, REPORT, self.worker.report())
         outputs = self.scheduler.update_from_output(output, answer)
         for result in outputs.values():
             self.finished += [o.request_id for o in result.outputs if o.finish_reason is not None]

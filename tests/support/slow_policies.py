@@ -97,20 +97,27 @@ class SlowAdaptive:
         self.layers, self.experts, self.slots = layers, experts, slots
         self.last = [[-1] * experts for _ in range(layers)]
         self.average = np.zeros((layers, experts, len(rules.FADES)), dtype=np.float32)
-        self.before = [set() for _ in range(layers)]
-        self.lru = [set() for _ in range(layers)]
+        self.past = [[] for _ in range(layers)]
+        self.sequel = np.zeros((layers, experts, experts), dtype=int)
+        self.held = [[set() for _ in range(layers)] for _ in range(rules.CANDIDATES)]
         self.votes = [np.float32(0)] * rules.CANDIDATES
         self.balance = rules.OPENING_CREDIT * layers
-        self.leader = self.step = 0
+        self.leader = rules.OPENING_LEADER
+        self.step = 0
 
     def rank(self, candidate, layer, expert):
         """The higher, the longer it is kept; equal only where 13 bits of the mantissa are."""
         if candidate == rules.LRU:
             return self.last[layer][expert], expert
-        weights = np.array(rules.MIXTURES[candidate - 1], dtype=np.float32)
-        terms = weights * self.average[layer, expert]
-        mixed = terms[0] + terms[1] + terms[2]
-        return int(mixed.view(np.int32)) >> rules.EXPERT_BITS, expert
+        mixture = [*rules.MIXTURES, rules.SEQUEL_MIXTURE][candidate - 1]
+        terms = np.array(mixture, dtype=np.float32) * self.average[layer, expert]
+        score = terms[0] + terms[1] + terms[2]
+        if candidate == rules.SEQUEL:
+            now = self.past[layer][-1] if self.past[layer] else ()
+            expected = sum(self.sequel[layer, earlier, expert] for earlier in now)
+            expected += len(now) * int(score * rules.SEQUEL_UNIT)
+            score = np.float32(expected * rules.SEQUEL_SCALE)
+        return int(score.view(np.int32)) >> rules.EXPERT_BITS, expert
 
     def replay(self, steps):
         resident = [set() for _ in range(self.layers)]
@@ -122,8 +129,9 @@ class SlowAdaptive:
             self._count_hits(active, resident)
             self._vote(active)
             for layer in range(self.layers):
-                last = dict(enumerate(self.last[layer]))
-                self.lru[layer] = slow_admit(self.lru[layer], active[layer], last, self.slots)
+                for candidate, held in enumerate(self.held):
+                    rank = [self.rank(candidate, layer, e) for e in range(self.experts)]
+                    held[layer] = slow_admit(held[layer], active[layer], rank, self.slots)
                 resident[layer] = slow_admit(
                     resident[layer], active[layer], scores[layer], self.slots
                 )
@@ -135,37 +143,30 @@ class SlowAdaptive:
 
     def _scores(self, resident):
         """What each layer evicts by, from what is known before the step."""
-        deviation = sum(len(lru - here) for lru, here in zip(self.lru, resident, strict=True))
+        lru = self.held[rules.LRU]
+        deviation = sum(len(held - here) for held, here in zip(lru, resident, strict=True))
         scores = []
         for layer in range(self.layers):
             turn = (layer + rules.STRIDE * self.step) % self.layers
             price = rules.DEVIATION_PRICE * (1 + turn + deviation)
             rank = [self.rank(self.leader, layer, e) for e in range(self.experts)]
-            as_lru = [(e in self.lru[layer], last) for e, last in enumerate(self.last[layer])]
+            as_lru = [(e in lru[layer], last) for e, last in enumerate(self.last[layer])]
             scores.append(rank if price <= self.balance else as_lru)
         return scores
 
     def _count_hits(self, active, resident):
         for layer in range(self.layers):
-            if len(self.lru[layer]) < self.slots:
-                self.lru[layer] = set(resident[layer])
+            for held in self.held:
+                if len(held[layer]) < self.slots:
+                    held[layer] = set(resident[layer])
             self.balance += rules.HIT * len(active[layer] & resident[layer])
-            self.balance -= rules.HIT * len(active[layer] & self.lru[layer])
+            self.balance -= rules.HIT * len(active[layer] & self.held[rules.LRU][layer])
             self.balance += rules.LOSS_RATE * len(active[layer])
         self.balance = min(self.balance, rules.HIT * self.layers * (self.slots + 1))
 
     def _vote(self, active):
-        for candidate in range(rules.CANDIDATES):
-            count = 0
-            for layer in range(self.layers):
-                keys = {
-                    e: (e in self.before[layer], self.rank(candidate, layer, e))
-                    for e in range(self.experts)
-                    if self.last[layer][e] >= 0
-                }
-                for expert in active[layer] & keys.keys():
-                    above = sum(key > keys[expert] for key in keys.values())
-                    count += above < self.slots
+        for candidate, held in enumerate(self.held):
+            count = sum(len(one & here) for one, here in zip(held, active, strict=True))
             faded = self.votes[candidate] * np.float32(rules.VOTE_FADE)
             self.votes[candidate] = faded + np.float32(count)
         best = max(range(rules.CANDIDATES), key=lambda c: (self.votes[c], -c))
@@ -183,5 +184,18 @@ class SlowAdaptive:
                 if expert in experts:
                     average += np.array(rules.GAINS, dtype=np.float32)
                     self.last[layer][expert] = self.step
-        self.before = active
+            self.past[layer].append(experts)
+            self._learn_sequels(layer)
         self.step += 1
+
+    def _learn_sequels(self, layer):
+        past, first, last = self.past[layer], rules.SOON[0], rules.SOON[-1]
+        if len(past) <= last:
+            return
+        for earlier in past[-1 - last]:
+            for expert in range(self.experts):
+                uses = sum(expert in step for step in past[first - last - 1 :])
+                known = self.sequel[layer, earlier, expert]
+                self.sequel[layer, earlier, expert] += (
+                    rules.SEQUEL_UNIT * uses - known
+                ) >> rules.SEQUEL_SHIFT

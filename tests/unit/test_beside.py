@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_moe_offload import engine as engine_module
+from vllm_moe_offload import assembly
 from vllm_moe_offload.beside import beside_on
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
@@ -92,7 +92,7 @@ def streams(monkeypatch):
 
 def make(monkeypatch, **options) -> OffloadEngine:
     beside = beside_on(torch.device("cuda"))
-    monkeypatch.setattr(engine_module, "beside_on", lambda _device: beside)
+    monkeypatch.setattr(assembly, "beside_on", lambda _device: beside)
     engine = OffloadEngine(MoeOffloadConfig.parse(options), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for number in range(L):

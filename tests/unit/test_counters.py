@@ -9,7 +9,7 @@ import torch
 
 from vllm_moe_offload.counters import READINGS, Counters
 from vllm_moe_offload.counts import LayerCounts
-from vllm_moe_offload.kernels.resolve import Counter
+from vllm_moe_offload.kernels.resolve import Counter, ResidencyTables
 from vllm_moe_offload.residency import Residency
 
 HOST = torch.device("cpu")
@@ -19,7 +19,9 @@ SECONDS = [0.5, 0.25, 2.0]
 def make_layer(name: str, experts: int, slots: int) -> SimpleNamespace:
     layout = SimpleNamespace(row_bytes=100 * experts)
     spec = SimpleNamespace(name=name, num_experts=experts, layout=layout)
-    return SimpleNamespace(spec=spec, residency=Residency(experts, slots, HOST), is_held=False)
+    return SimpleNamespace(
+        spec=spec, residency=Residency(ResidencyTables.empty(experts, slots, HOST)), is_held=False
+    )
 
 
 def count(layer: SimpleNamespace, **counts: int) -> None:
@@ -95,7 +97,7 @@ def test_snapshots_beside_steps_are_whole():
 def test_snapshot_does_not_wait_for_the_steps():
     device = torch.device("cuda")
     layer = make_layer("a", 4, 2)
-    layer.residency = Residency(4, 2, device)
+    layer.residency = Residency(ResidencyTables.empty(4, 2, device))
     counters = Counters([layer], device, SECONDS[:1])
     counters.snapshot()
     torch.cuda.synchronize()

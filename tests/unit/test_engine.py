@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from vllm_moe_offload import engine as engine_module
 from vllm_moe_offload.config import MoeOffloadConfig
-from vllm_moe_offload.engine import OffloadEngine, describe
+from vllm_moe_offload.engine import OffloadEngine
+from vllm_moe_offload.engine_report import cost_of_unpinned, describe
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.operations import TORCH, operations_for
@@ -465,7 +466,7 @@ def test_no_layer_joins_after_the_plan():
 def test_one_line_about_an_engine():
     layers = [example_layer(8), example_layer(4, dtype=torch.bfloat16)]
     engine = make_engine(layers, cache_fraction=0.5, staging_mb=1)
-    assert describe(engine) == (
+    assert describe(engine.specs, engine.budget, "cpu") == (
         "moe-offload: 2 MoE layers of 4 to 8 experts, 48 KiB in the host pool, "
         "2 to 4 slots a layer taking 24 KiB of cpu memory, 1 MiB of staging"
     )
@@ -542,7 +543,7 @@ def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
 
 
 def test_cost_of_memory_that_cannot_be_pinned():
-    said = engine_module._cost_of_unpinned(3 << 30, 8 << 30)
+    said = cost_of_unpinned(3 << 30, 8 << 30)
     assert "refused to pin 3 GiB of the host pool's 8 GiB" in said
     assert "less to the KV cache" in said
     assert "memlock" in said

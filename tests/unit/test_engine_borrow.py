@@ -111,12 +111,11 @@ def test_a_warm_start_goes_on_when_slots_open():
 def test_the_report_counts_what_was_moved(monkeypatch):
     monkeypatch.setattr("vllm_moe_offload.traffic.PERIOD_S", 0.0)
     engine = build(borrows=True)
-    assert engine.lending_report() is None
     borrow(engine)
     engine.borrower.follow(Order(1, 4))
     run(engine, 5, 0)
-    engine.lending_report()  # asks
-    report = engine.lending_report()
+    engine.borrower.report()  # asks
+    report = engine.borrower.report()
     assert (report.number, report.increments) == (1, 4)
     assert report.miss_bytes == engine.stats().bytes_moved > 0
     assert report.bytes_per_second > 0

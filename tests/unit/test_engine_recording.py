@@ -13,6 +13,7 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.activation import Activation
+from vllm_moe_offload.kernels.resolve import ResidencyTables
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.residency import Residency
@@ -168,4 +169,6 @@ def test_the_coldest_of_those_filled_goes_first():
 
 def test_no_more_experts_than_slots():
     with pytest.raises(AssertionError, match="3 experts, 2 slots"):
-        Residency(4, 2, HOST).fill(torch.tensor([0, 1, 2], dtype=torch.int32))
+        Residency(ResidencyTables.empty(4, 2, HOST)).fill(
+            torch.tensor([0, 1, 2], dtype=torch.int32)
+        )

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from traces import random_trace, recorded, trace_of
 
 from vllm_moe_offload.eviction import AdaptiveEviction
-from vllm_moe_offload.kernels.candidates import HIT, LRU
+from vllm_moe_offload.kernels.candidates import CANDIDATES, HIT, LRU, SEQUEL, SOON
 from vllm_moe_offload.kernels.learn import AS_LRU, Standing
 from vllm_moe_offload.kernels.operations import TORCH
 from vllm_moe_offload.kernels.resolve import CLOSED, NOWHERE, resolve_torch
-from vllm_moe_offload.residency import Residency
+from vllm_moe_offload.residencies import Residencies
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule
 from vllm_moe_offload.trace import load
@@ -32,10 +32,7 @@ class Layers:
         self.eviction = (
             AdaptiveEviction(experts, slots, HOST, TORCH) if policy == "adaptive" else None
         )
-        self.residency = [
-            Residency(e, s, HOST, self.eviction.order(layer) if self.eviction else None)
-            for layer, (e, s) in enumerate(zip(experts, slots, strict=True))
-        ]
+        self.residency = Residencies(experts, slots, HOST, self.eviction)
 
     def step(self, ids_LTK, *, evict: bool = True) -> None:
         for residency, ids_TK in zip(self.residency, ids_LTK, strict=True):
@@ -50,8 +47,7 @@ class Layers:
         return sum(residency.counts()[name] for residency in self.residency)
 
     def check_integrity(self) -> None:
-        for residency in self.residency:
-            residency.check_integrity()
+        self.residency.check_integrity()
         if self.eviction:
             self.eviction.check_integrity()
 
@@ -232,6 +228,16 @@ def test_hot_experts_stay():
     assert ours.count("hits") > lru.count("hits")
 
 
+def test_the_sequel_ranks_first_what_comes_soon():
+    """Eight groups of four experts in turn: all are used alike, only their company tells."""
+    layers = Layers([32, 32], [8, 8])
+    for step in range(400):
+        layers.step([[[4 * (step % 8) + n for n in range(4)]]] * 2)
+    order_E = layers.eviction.tables.rank_LRE[0, SEQUEL].argsort(descending=True)
+    soon = {4 * ((399 + later) % 8) + n for later in SOON for n in range(4)}
+    assert set(order_E[: len(soon)].tolist()) == soon
+
+
 def test_gains_have_a_ceiling():
     layers = Layers([12, 12], [3, 3])
     layers.eviction.tables.standing[Standing.BALANCE] = 2**40
@@ -264,7 +270,7 @@ def test_a_layer_that_reads_nothing_learns_nothing():
     for step in range(20):
         layers.step(hot_and_cold(step))
     tables = layers.eviction.tables
-    names = ("average_LFE", "rank_LRE", "held_LE")
+    names = ("average_LFE", "rank_LRE", "history_LE", "sequel_LEE")
     before = {name: getattr(tables, name).clone() for name in names}
     layers.step([[[-1, -1]], [[0, 5]]])
     for name, table in before.items():
@@ -306,11 +312,10 @@ def test_slots_may_open_and_close(steps):
     layers.eviction.tables.standing[Standing.BALANCE] = 14 * HIT
     for what in steps:
         if isinstance(what, int):
-            for residency in layers.residency:
-                residency.open_from(what)
+            layers.residency.open_from(what)
         else:
             layers.step([[what]] * 2)
-            lru_L = ((layers.eviction.tables.held_LE >> AS_LRU) & 1).sum(1)
+            lru_L = ((layers.eviction.tables.held_LE >> LRU) & 1).sum(1)
             assert lru_L.tolist() == [len(layers.resident(layer)) for layer in range(2)]
         layers.check_integrity()
 
@@ -320,8 +325,7 @@ def test_closing_slots_is_no_loss():
     layers = Layers([12, 12], [6, 6])
     for step in range(20):
         layers.step([[list(range(step % 2, step % 2 + 6))]] * 2)
-    for residency in layers.residency:
-        residency.open_from(3)
+    layers.residency.open_from(3)
     before = layers.balance
     layers.step([[[0, 1, 2]]] * 2)
     assert before <= layers.balance < before + HIT
@@ -332,7 +336,13 @@ def spoil(layers: Layers, kind: str) -> None:
     if kind == "rank":
         tables.rank_LRE[0, 2] = tables.rank_LRE[0, 2].roll(1)
     elif kind == "slots":
-        tables.held_LE[1] |= 1 << AS_LRU
+        tables.held_LE[1] |= 1 << LRU
+    elif kind == "candidates":
+        tables.held_LE[1, 0] |= 1 << CANDIDATES
+    elif kind == "sequel":
+        tables.sequel_LEE[0, 1, 2] = -1
+    elif kind == "expected":
+        tables.expected_LE[0, 0] = 1
     elif kind == "average":
         tables.average_LFE[0, 0, 0] = float("nan")
     elif kind == "row":
@@ -341,7 +351,10 @@ def spoil(layers: Layers, kind: str) -> None:
         tables.standing[Standing.BALANCE] = 2**40
 
 
-@pytest.mark.parametrize("kind", ["rank", "slots", "average", "row", "balance"])
+@pytest.mark.parametrize(
+    "kind",
+    ["rank", "slots", "candidates", "sequel", "expected", "average", "row", "balance"],
+)
 def test_integrity_notices(kind):
     layers = Layers([12, 12], [3, 3])
     for step in range(20):

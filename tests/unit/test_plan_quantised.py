@@ -31,7 +31,9 @@ SAME = {
     "gptq-8bit": replace(FORMATS["int8 group 128"], scale_terms=32),
     "awq": FORMATS["int4 group 32, zeros"],
     "nvfp4": FORMATS["nvfp4"],
+    "nvfp4-packed": FORMATS["nvfp4"],
     "mxfp4": FORMATS["mxfp4"],
+    "mxfp4-by-expert": FORMATS["mxfp4"],
 }
 """Every format of a checkpoint, as the engine stores it."""
 

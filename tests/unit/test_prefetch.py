@@ -135,8 +135,8 @@ def test_layers_out_of_turn(predictor):
 
 
 def test_what_can_be_foreseen_is_fetched_before_it_is_asked_for():
-    with_prefetch = make(rows=TOP_K, predictor="markov", cache_fraction=0.5)
-    without = make(cache_fraction=0.5)
+    with_prefetch = make(rows=TOP_K, predictor="markov", cache_fraction=0.5, policy="lru")
+    without = make(cache_fraction=0.5, policy="lru")
     for number in range(600):
         step(with_prefetch, certain(1, number))
         step(without, certain(1, number))

@@ -19,15 +19,19 @@ LAYERS, ROW = 10, 1e-3
 
 
 class Machine:
-    """Takes a time for a step that depends on the rows; costs come some steps late."""
+    """Takes a time for a step that depends on the rows; costs come some steps late.
 
-    def __init__(self, seconds, *, compute=2.4 * ROW, misses=2, late=3, noise=0.002, tokens=None):
+    A share ``stalls`` of the steps takes ten times as long, whatever they do.
+    """
+
+    def __init__(self, seconds, *, compute=2.4 * ROW, misses=2, late=3, noise=0.002, tokens=None,
+                 stalls=0.0, seed=1):  # fmt: skip
         self.lines = []
         self.control = PrefetchControl(LAYERS, ROW, self.lines.append)
         self.seconds, self.compute, self.misses = seconds, compute, misses
         self.tokens = tokens or (lambda step: 1)
         self.late, self.noise = late, noise
-        self.random = random.Random(1)
+        self.stalls, self.random = stalls, random.Random(seed)
         self.step, self.moved, self.costs, self.rows = 0, 0, [], []
 
     def run(self, steps):
@@ -38,7 +42,8 @@ class Machine:
             self.moved += LAYERS * self.misses
             base = LAYERS * (self.compute + self.misses * ROW)
             spread = 1 + self.random.uniform(-self.noise, self.noise)
-            taken = base * self.seconds(plan.rows) * spread
+            stalled = 10 if self.random.random() < self.stalls else 1
+            taken = base * self.seconds(plan.rows) * spread * stalled
             moved = self.moved if plan.counts else None
             self.costs.append(StepCost(plan, self.tokens(self.step), taken, moved))
             self.rows.append(plan.rows)
@@ -92,6 +97,15 @@ def test_useless_prefetch_costs_little_in_the_long_run():
     machine.run(20_000)
     total = sum(harms(rows) for rows in machine.rows) / len(machine.rows)
     assert total < 1.01
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(helps, 2), (harms, OFF)])
+def test_a_host_that_stalls_now_and_then_decides_nothing(seconds, rows):
+    for seed in range(20):
+        machine = Machine(seconds, noise=0.05, stalls=0.01, seed=seed)
+        machine.run(TRIAL + STEPS_OFF + TRIAL)
+        assert machine.control.rows == rows
+        assert len(machine.lines) == 1
 
 
 def test_a_change_is_noticed_both_ways():

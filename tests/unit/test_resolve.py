@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.kernels.resolve import Counter, resolve_torch
+from vllm_moe_offload.kernels.resolve import Counter, ResidencyTables, resolve_torch
 from vllm_moe_offload.residency import Residency
 
 HOST = torch.device("cpu")
@@ -82,7 +82,10 @@ def work_of(residency: Residency) -> tuple[list[tuple[int, int]], list[int]]:
 @given(sequences())
 def test_against_the_model(sequence):
     num_experts, num_slots, choices, dtype, steps = sequence
-    residency, model = Residency(num_experts, num_slots, HOST), LruModel(num_experts, num_slots)
+    residency, model = (
+        Residency(ResidencyTables.empty(num_experts, num_slots, HOST)),
+        LruModel(num_experts, num_slots),
+    )
     for rows, evict in steps:
         # What is left of the step before must not matter.
         for name in ("load_expert_E", "load_slot_E", "stream_expert_E"):
@@ -105,7 +108,7 @@ def test_against_the_model(sequence):
 @given(sequences())
 def test_counters_and_capacity(sequence):
     num_experts, num_slots, choices, dtype, steps = sequence
-    residency = Residency(num_experts, num_slots, HOST)
+    residency = Residency(ResidencyTables.empty(num_experts, num_slots, HOST))
     for rows, evict in steps:
         before = residency.counts()
         resolve(residency, ids_of(rows, choices, dtype), evict=evict)
@@ -125,7 +128,7 @@ def test_counters_and_capacity(sequence):
 @given(sequences())
 def test_a_sweep_evicts_nobody(sequence):
     num_experts, num_slots, choices, dtype, steps = sequence
-    residency = Residency(num_experts, num_slots, HOST)
+    residency = Residency(ResidencyTables.empty(num_experts, num_slots, HOST))
     for rows, evict in steps:
         before = residency.tables.expert_of_S.clone()
         resolve(residency, ids_of(rows, choices, dtype), evict=evict)
@@ -138,7 +141,7 @@ def test_a_sweep_evicts_nobody(sequence):
 @given(sequences(), st.randoms(use_true_random=False))
 def test_order_and_repetition_do_not_matter(sequence, random):
     num_experts, num_slots, _, dtype, steps = sequence
-    one, other = (Residency(num_experts, num_slots, HOST) for _ in range(2))
+    one, other = (Residency(ResidencyTables.empty(num_experts, num_slots, HOST)) for _ in range(2))
     for rows, evict in steps:
         ids = [expert for row in rows for expert in row]
         shuffled = [*ids, -1, *ids]
@@ -152,7 +155,7 @@ def test_order_and_repetition_do_not_matter(sequence, random):
 @pytest.mark.parametrize("ids", [[[-1, -1]], []], ids=["inactive", "no tokens"])
 @pytest.mark.parametrize("evict", [True, False])
 def test_inactive_ids_cost_nothing(ids, evict):
-    residency = Residency(4, 2, HOST)
+    residency = Residency(ResidencyTables.empty(4, 2, HOST))
     resolve(residency, torch.tensor([[0, 3]]), evict=True)
     held, counts = residency.tables.expert_of_S.clone(), residency.counts()
     resolve(residency, ids_of(ids, 2, torch.int64), evict=evict)
@@ -162,7 +165,7 @@ def test_inactive_ids_cost_nothing(ids, evict):
 
 
 def test_known_sequence():
-    residency = Residency(5, 2, HOST)
+    residency = Residency(ResidencyTables.empty(5, 2, HOST))
 
     def step(*ids: int, evict: bool = True):
         resolve(residency, torch.tensor([ids]), evict=evict)
@@ -194,7 +197,7 @@ def spoil(residency: Residency, kind: str) -> None:
     "kind", ["two experts in a slot", "two slots of an expert", "swapped", "future", "counter"]
 )
 def test_integrity_notices(kind):
-    residency = Residency(4, 3, HOST)
+    residency = Residency(ResidencyTables.empty(4, 3, HOST))
     resolve(residency, torch.tensor([[0, 1, 2]]), evict=True)
     residency.check_integrity()
     spoil(residency, kind)

@@ -1,6 +1,7 @@
 """The policy that must never be far below LRU, on traffic made to mislead it and on real one."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +173,14 @@ def test_gains_where_counts_help(name):
     assert above[0] > 0.02
 
 
+@pytest.mark.parametrize("name", ["cycle 36", "cycle 64"])
+def test_a_loop_larger_than_the_cache(name):
+    """Of which LRU holds nothing when it comes round again."""
+    above, captured = gains(trace_of(MADE[name], EXPERTS))
+    assert above.max() > 0.25
+    assert captured.max() > 0.35
+
+
 def test_static_popularity_is_learned():
     _, captured = gains(trace_of(MADE["zipf"], EXPERTS))
     assert captured.min() > 0.15
@@ -182,15 +191,17 @@ def test_static_popularity_is_learned():
 def test_recorded_tasks(name):
     above, captured = gains(load(*recorded(name)))
     assert above.min() > 0.015
-    assert captured[0] > 0.125
-    assert captured[1:].min() > 0.2
+    assert captured[0] > 0.135
+    assert captured[1:].min() > 0.28
 
 
 @pytest.mark.traces
 def test_recorded_chat():
     above, captured = gains(load(*recorded("qwen3-30b-a3b.chat")))
     assert above.min() >= 0
-    assert captured[:2].min() > 0.15
+    assert captured[:2].min() > 0.2
+    # With half of the experts in slots LRU is within 0.005 of the bound, with more within 0.001.
+    assert captured[2] > 0.14
 
 
 @pytest.mark.traces
@@ -219,6 +230,8 @@ def test_recorded_short_pieces(seed):
 
 @pytest.mark.traces
 def test_lru_replays_a_million_accesses_a_second():
-    # Half of the goal, since other work may run on the machine of the tests.
-    result = replay(load(*recorded("deepseek-v2-lite.intent")), "lru", [0.25])
-    assert result.accesses / result.seconds > 500_000
+    trace = load(*recorded("deepseek-v2-lite.intent"))
+    start = time.process_time()
+    result = replay(trace, "lru", [0.25])
+    # Three quarters of the goal, since other work on the machine takes caches and clock.
+    assert result.accesses / (time.process_time() - start) > 750_000

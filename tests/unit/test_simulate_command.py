@@ -130,6 +130,16 @@ def test_tables(capsys, files, batch):
     assert ("unique loads" in text) == bool(batch)
 
 
+@pytest.mark.parametrize(("budget", "shown"), [("0", 1), ("5", 3)])
+def test_policies_are_shown_once_unless_something_is_prefetched(capsys, files, budget, shown):
+    options = ("--predictor", "none,markov,eam", "--expert-mb", "2", "--prefetch-mb", budget)
+    assert cli.main(["simulate", files[0], *options, "--policy", "lru,belady"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("cache 0.125") == shown
+    assert text.count("coverage at k") == 1
+    assert ("predictor markov" in text) == (shown > 1)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -263,7 +263,7 @@ def test_lru_hits_are_those_of_the_engine(batch):
     """Hit for hit: the replay of a trace predicts what the kernels will count."""
     import torch
 
-    from vllm_moe_offload.kernels.resolve import resolve_torch
+    from vllm_moe_offload.kernels.resolve import ResidencyTables, resolve_torch
     from vllm_moe_offload.residency import Residency
 
     random = np.random.default_rng(1)
@@ -276,7 +276,7 @@ def test_lru_hits_are_those_of_the_engine(batch):
         source="random",
     )
     replayed = replay(trace, "lru", [0.5], batch=batch)
-    layers = [Residency(16, 8, torch.device("cpu")) for _ in range(3)]
+    layers = [Residency(ResidencyTables.empty(16, 8, torch.device("cpu"))) for _ in range(3)]
     for step in iterate(trace, schedule(trace, batch)):
         for number, layer in enumerate(layers):
             ids_TK = torch.from_numpy(np.ascontiguousarray(step.ids_TLK[:, number])).long()

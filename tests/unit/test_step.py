@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload import engine as engine_module
+from vllm_moe_offload import assembly
 from vllm_moe_offload.beside import Beside
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
@@ -67,9 +67,9 @@ class Late(Beside):
 
 def build(slots: int, staging_rows: int, monkeypatch, late: Late | None = None) -> OffloadEngine:
     operations = TORCH if late is None else replace(TORCH, gather=late.gather)
-    monkeypatch.setattr(engine_module, "operations_for", lambda _device: operations)
+    monkeypatch.setattr(assembly, "operations_for", lambda _device: operations)
     if late is not None:
-        monkeypatch.setattr(engine_module, "beside_on", lambda _device: late)
+        monkeypatch.setattr(assembly, "beside_on", lambda _device: late)
     layout = ExpertLayout.pack(
         [("w13_weight", (2 * I, H), torch.float32), ("w2_weight", (H, I), torch.float32)]
     )

@@ -22,7 +22,7 @@ from vllm_moe_offload.quantised_checkpoints import FORMATS, quantise_checkpoint
 MAX_TOKENS = 12
 TOLERANCE = 1e-4
 NAMES = ("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "moe_wna16", "gpt_oss_mxfp4",
-         "modelopt_fp4")  # fmt: skip
+         "mxfp4", "modelopt_fp4")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

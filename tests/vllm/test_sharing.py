@@ -12,17 +12,19 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import killed
 import pytest
 import sharing
-from cpu_settings import env
+from cpu_settings import env, llm_kwargs
 from served import engine, offloaded
-from sharing import check, poisoned_moves, prompts, serve, worker_of
+from sharing import check, core_of, poisoned_moves, prompts, serve, worker_of
 
 from vllm_moe_offload.patches import lending
 
 SHAPE = {"num_experts": 16, "num_layers": 4}
 PROMPTS = prompts(16, 60)
 TOKENS = 90
+SIZES = {"block_size": 32, "kv_cache_memory_bytes": 8 << 20}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def layers_side_by_side():
 
 
 def settings(**options):
-    return {"block_size": 32, "kv_cache_memory_bytes": 8 << 20, **offloaded(**options)}
+    return {**SIZES, **offloaded(**options)}
 
 
 @contextmanager
@@ -75,22 +77,94 @@ def answers_of_an_arena(path):
         return serve(llm, PROMPTS, TOKENS)
 
 
+@pytest.fixture(scope="module")
+def restless(path):
+    """An engine whose boundary moves in nearly every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lending, "_policy", sharing.restless)
+        with sharing_engine(path) as llm:
+            yield llm
+
+
 def test_borrowed_slots_change_no_bit(fixed_answers, answers_of_an_arena):
     assert fixed_answers == answers_of_an_arena
 
 
-def test_moves_change_no_bit(path, fixed_answers, monkeypatch):
-    monkeypatch.setattr(lending, "_policy", sharing.restless)
-    with poisoned_moves() as watch, sharing_engine(path) as llm:
-        answers = serve(llm, PROMPTS, TOKENS, check_every=1)
-        answers_again = serve(llm, PROMPTS, TOKENS, start=100)
-        check(llm)
-        stats = llm.collective_rpc("moe_offload_stats")[0]
+def test_moves_change_no_bit(fixed_answers, restless):
+    with poisoned_moves() as watch:
+        answers = serve(restless, PROMPTS, TOKENS, check_every=1)
+        answers_again = serve(restless, PROMPTS, TOKENS, start=100)
+        check(restless)
+        stats = restless.collective_rpc("moe_offload_stats")[0]
     assert answers == fixed_answers
     assert [tokens for tokens, _ in answers_again] == [tokens for tokens, _ in fixed_answers]
     assert watch.moves >= 200
     assert len(set(watch.increments)) > 8
     assert stats["misses"] > stats["slots"], "experts came back into slots that had closed"
+
+
+@pytest.fixture
+def sleeping(restless, monkeypatch):
+    """The same engine, whose worker sleeps as one on a GPU does.
+
+    vLLM's CPU worker refuses to. Here it has the GPU worker's methods, over a backend that spoils
+    the cache where that of a GPU unmaps it, and gives back zeros as a GPU does.
+    """
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    buffer = worker_of(restless).moe_offload_borrowing.borrower._bytes
+
+    class Backend(SleepModeBackend):
+        def suspend(self, level: int = 1) -> None:
+            buffer.fill_(sharing.POISON)
+
+        def resume(self, tags: list[str] | None = None) -> None:
+            assert bool((buffer == sharing.POISON).all()), "written to while it was not there"
+            buffer.zero_()
+
+        def discard(self, tags: tuple[str, ...]) -> None:
+            assert tags == ("kv_cache",)
+            self.suspend()
+
+    for name in ("sleep", "wake_up", "discard"):
+        monkeypatch.delattr(CPUWorker, name)
+    monkeypatch.setattr(worker_of(restless), "_sleep_mode_backend", Backend())
+    monkeypatch.setattr("torch.accelerator.synchronize", lambda: None)
+    monkeypatch.setattr("torch.accelerator.get_memory_info", lambda: (1 << 30, 2 << 30))
+    return core_of(restless)
+
+
+def sleep(core):
+    core.sleep(level=1)
+
+
+def release(core):
+    core.pause_scheduler()
+    while core.scheduler.has_requests() or core.batch_queue:
+        core.step_fn()
+    core.release_kv_cache_memory()
+
+
+@pytest.mark.parametrize("fall_asleep", [sleep, release])
+def test_a_cache_that_was_discarded_holds_no_expert(fixed_answers, restless, sleeping, fall_asleep):
+    serve(restless, PROMPTS[:4], 8)
+    (offload,) = worker_of(restless).moe_offload_engines
+    assert offload.stats().resident > 0
+    fall_asleep(sleeping)
+    assert sleeping.is_sleeping()
+    sleeping.wake_up()
+    check(restless)
+    answers = serve(restless, PROMPTS[:4], TOKENS)
+    assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in fixed_answers[:4]]
+    check(restless)
+
+
+def test_killed_under_load_and_started_again(path):
+    """With the default policy: nothing is left behind that a new engine would trip over."""
+    options = {**llm_kwargs("qwen3_moe"), **SIZES, "max_model_len": 256}
+    found = killed.run(path, options, env("qwen3_moe"))
+    killed.check(found)
 
 
 WORKERS = """

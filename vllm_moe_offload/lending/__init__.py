@@ -24,7 +24,8 @@ In the order of a server's life
    again when it is needed.
 5. A report rides back on what the runner returns. Miss bytes are counted on the device; the last
    count that has arrived is reported, and nobody waits for one.
-6. Sleeping discards the buffer. The boundary stays, and all slots are emptied before.
+6. Sleeping discards the buffer, and so does releasing the cache alone. The boundary stays, and all
+   slots are emptied before.
 
 What protects a block
 ---------------------

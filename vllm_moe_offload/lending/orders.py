@@ -136,7 +136,7 @@ class Move:
     """What a worker does before a step, in this order."""
 
     first_open: int
-    """Slots of every layer from here on are in use: ``Residency.open_from``."""
+    """Slots of every layer from here on are in use: ``Residencies.open_from``."""
     zeroed: range
     """Bytes of the buffer that vLLM gets back."""
 

@@ -19,7 +19,7 @@ def borrowed_rows(buffer: Tensor, boundary: Boundary, layer: int) -> Tensor:
 
     Returns:
         uint8 [S, B] that shares the buffer's memory, with a row stride of ``increment_bytes``.
-        Which of the slots may be used now is up to the layer's tables: see ``Residency.open_from``.
+        Which of the slots may be used now is up to the tables: see ``Residencies.open_from``.
     """
     assert buffer.dim() == 1
     assert buffer.numel() * buffer.itemsize >= boundary.num_blocks * boundary.block_bytes

@@ -27,7 +27,8 @@ def admit(
     Args:
         resident_CLE: before the step, never more than the layer has slots.
         active_LE: experts that the step reads.
-        score_LE: the higher, the longer an expert stays; [L, E] or [C, L, E].
+        score_LE: the higher, the longer an expert stays; [L, E] or [C, L, E]. Integers are ranks,
+            of which no two of a layer may be equal; they are looked through at once.
         slots_C: slots of a layer for each cache size.
         bypass: let active experts compete by their score too, so that some may pass through
             although a resident could be evicted.
@@ -35,13 +36,13 @@ def admit(
     if bypass:
         wanted = resident_CLE | active_LE
         return _without_lowest(wanted, wanted, score_LE, wanted.sum(-1) - slots_C[:, None])
-    missing = active_LE & ~resident_CLE
-    evictable = resident_CLE & ~active_LE
-    num_missing = missing.sum(-1)
-    needed = num_missing - (slots_C[:, None] - resident_CLE.sum(-1))
-    num_evictable = evictable.sum(-1)
+    hit = resident_CLE & active_LE
+    missing, evictable = active_LE & ~hit, resident_CLE & ~hit
+    num_resident, num_hit = resident_CLE.sum(-1), hit.sum(-1)
+    num_evictable = num_resident - num_hit
+    needed = active_LE.sum(-1) - num_hit - (slots_C[:, None] - num_resident)
     if (needed > num_evictable).any():
-        room = num_missing - np.maximum(needed - num_evictable, 0)
+        room = slots_C[:, None] - num_hit
         missing &= missing.cumsum(-1) <= room[..., None]
     victims = np.minimum(needed, num_evictable)
     return _without_lowest(resident_CLE | missing, evictable, score_LE, victims)
@@ -49,6 +50,8 @@ def admit(
 
 def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL: Ints) -> Bools:
     """Take out of each layer the ``count_CL`` evictable experts of the lowest scores."""
+    if np.issubdtype(score_LE.dtype, np.integer):
+        return _without_lowest_ranks(members, evictable, score_LE, count_CL)
     num_experts = members.shape[-1]
     kept = members.reshape(-1, num_experts)
     key = np.where(evictable, score_LE, np.inf).reshape(-1, num_experts)
@@ -62,3 +65,14 @@ def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL
         taken += 1
         rows = rows[count[rows] > taken]
     return kept.reshape(members.shape)
+
+
+def _without_lowest_ranks(
+    members: Bools, evictable: Bools, rank_LE: NDArray[Any], count_CL: Ints
+) -> Bools:
+    limits = np.iinfo(rank_LE.dtype)
+    key = np.where(evictable, rank_LE, rank_LE.dtype.type(limits.max))
+    ascending = np.sort(key, -1).reshape(-1, key.shape[-1])
+    count = count_CL.reshape(-1)
+    last = np.where(count > 0, ascending[np.arange(count.size), count - 1], limits.min)
+    return members & (key > last.reshape(*count_CL.shape, 1))

@@ -40,20 +40,26 @@ class Policy(Protocol):
         ...
 
 
+def lower_id_first(score: Ints) -> Ints:
+    """Make ranks of scores [..., E]: among equals the lower expert has the lower one."""
+    experts = score.shape[-1]
+    return score * experts + np.arange(experts)
+
+
 class LruPolicy:
     """Least recently used, as ``kernels.resolve`` does it: hit for hit the same."""
 
     bypass = False
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self.stamp_LE = np.full((num_layers, num_experts), -1.0)
+        self.stamp_LE = np.full((num_layers, num_experts), -1)
         self._clock = 0
 
-    def rank(self, step: Step, resident_CLE: Bools) -> Floats:
+    def rank(self, step: Step, resident_CLE: Bools) -> Ints:
         """Score is the time of the last use."""
         self.stamp_LE[step.active_LE] = self._clock
         self._clock += 1
-        return self.stamp_LE
+        return lower_id_first(self.stamp_LE)
 
 
 class LfuPolicy:
@@ -86,19 +92,19 @@ class LeastStalePolicy:
     """
 
     bypass = False
-    _FRESH = 1e12
+    _FRESH = 1 << 32
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._before_LE = np.zeros((num_layers, num_experts), dtype=bool)
-        self._came_CLE = np.zeros((1, num_layers, num_experts))
+        self._came_CLE = np.zeros((1, num_layers, num_experts), dtype=np.int64)
 
-    def rank(self, step: Step, resident_CLE: Bools) -> Floats:
+    def rank(self, step: Step, resident_CLE: Bools) -> Ints:
         """Score is the time of entry, and more than any such time if read by the last pass."""
         missing = step.active_LE & ~resident_CLE
-        self._came_CLE = np.where(missing, float(step.number), self._came_CLE)
-        score: Floats = self._came_CLE + self._FRESH * self._before_LE
+        self._came_CLE = np.where(missing, step.number, self._came_CLE)
+        score = self._came_CLE + self._FRESH * self._before_LE
         self._before_LE = step.active_LE
-        return score
+        return lower_id_first(score)
 
 
 class EamPolicy:
@@ -121,7 +127,8 @@ class EamPolicy:
 
     def rank(self, step: Step, resident_CLE: Bools) -> Floats:
         """Score is the likelihood, summed over the tokens of the step."""
-        stamp = self._recency.rank(step, resident_CLE)
+        self._recency.rank(step, resident_CLE)
+        stamp = self._recency.stamp_LE
         score = self.EPSILON * (stamp + 1) / (stamp.max() + 1)
         if self._collection.size:
             best_TL = self._collection.match(step.ids_TLK)
@@ -159,10 +166,10 @@ class BeladyPolicy:
             coming_LE[self._layers, ids_TLK] = number
         return next_use
 
-    def rank(self, step: Step, resident_CLE: Bools) -> Floats:
+    def rank(self, step: Step, resident_CLE: Bools) -> Ints:
         """Score is how soon the next use comes."""
         self._next_LE[self._layers, step.ids_TLK] = self._next_use_TLK[step.index_T]
-        return -self._next_LE.astype(np.float64)
+        return lower_id_first(-self._next_LE)
 
 
 _BY_SHAPE: dict[str, Callable[[int, int], Policy]] = {

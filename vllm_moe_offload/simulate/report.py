@@ -188,19 +188,33 @@ def _quality(
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """One table for each trace and predictor: a line a policy, columns for each cache size."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """For each trace the policies, a line each and columns for each cache size; then predictors.
+
+    Without a budget nothing is prefetched, and policies do the same beside all predictors: they are
+    shown once.
+    """
+    by_trace: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        groups.setdefault((row.trace, row.predictor), []).append(row)
-    for (trace, predictor), group in groups.items():
-        yield _policies_table(trace, predictor, group)
-        if predictor != NONE:
-            yield _predictor_table(predictor, group)
+        by_trace.setdefault(row.trace, {}).setdefault(row.predictor, []).append(row)
+    for trace, groups in by_trace.items():
+        first, *others = groups.values()
+        if any(_hits(group) != _hits(first) for group in others):
+            for predictor, group in groups.items():
+                yield _policies_table(f"{trace}, predictor {predictor}", group)
+        else:
+            yield _policies_table(trace, first)
+        guessing = {name: group for name, group in groups.items() if name != NONE}
+        if guessing:
+            yield _predictor_table(guessing)
 
 
-def _policies_table(trace: str, predictor: str, rows: Sequence[Row]) -> Table:
+def _hits(rows: Sequence[Row]) -> list[tuple[str, float]]:
+    return [(row.policy, row.hit_ratio) for row in rows]
+
+
+def _policies_table(what: str, rows: Sequence[Row]) -> Table:
     first = rows[0]
-    title = f"{trace}: {first.accesses} accesses, batch {first.batch}, predictor {predictor}"
+    title = f"{what}: {first.accesses} accesses, batch {first.batch}"
     caches = list(dict.fromkeys(row.cache for row in rows))
     by_cell = {(row.policy, row.cache): row for row in rows}
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
@@ -228,18 +242,19 @@ def _cell(row: Row) -> str:
     return " ".join(parts)
 
 
-def _predictor_table(predictor: str, rows: Sequence[Row]) -> Table:
-    first = rows[0]
+def _predictor_table(groups: Mapping[str, Sequence[Row]]) -> Table:
     table = Table("predictor", "coverage at k", "at 2k", "precision", "MiB wasted a token",
                   box=box.SIMPLE)  # fmt: skip
-    # What is fetched in vain depends on the cache size, what is guessed in vain does not.
-    wasted = [row.wasted_bytes_per_token for row in rows if row.policy == first.policy]
-    texts = ("-" if value is None else f"{value / MIB:.0f}" for value in wasted)
-    table.add_row(
-        predictor,
-        f"{first.coverage_k:.3f}",
-        f"{first.coverage_2k:.3f}",
-        f"{first.precision:.3f}",
-        ", ".join(dict.fromkeys(texts)),
-    )
+    for predictor, rows in groups.items():
+        first = rows[0]
+        # What is fetched in vain depends on the cache size, what is guessed in vain does not.
+        wasted = [row.wasted_bytes_per_token for row in rows if row.policy == first.policy]
+        texts = ("-" if value is None else f"{value / MIB:.0f}" for value in wasted)
+        table.add_row(
+            predictor,
+            f"{first.coverage_k:.3f}",
+            f"{first.coverage_2k:.3f}",
+            f"{first.precision:.3f}",
+            ", ".join(dict.fromkeys(texts)),
+        )
     return table
