@@ -293,13 +293,7 @@ def main() -> int:
     """Measure the shapes and write one file."""
     from machine import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", help="revision, where the tree has no repository")
-    parser.add_argument("--shapes", nargs="+", default=["int4", "mxfp4", "fp8"], choices=SHAPES)
-    parser.add_argument("--jobs", type=int, default=14, help="processes that compile; 0 for none")
-    args = parser.parse_args()
-
+    args = parse(sys.argv[1:])
     start = time.monotonic()
     jobs = dict.fromkeys(
         (name, tiles) for name in args.shapes for tokens in (1, max(BATCHES), CHUNK)
@@ -321,6 +315,16 @@ def main() -> int:
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
     return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="revision, where the tree has no repository")
+    parser.add_argument("--shapes", nargs="+", default=["int4", "mxfp4", "fp8"], choices=SHAPES)
+    parser.add_argument("--jobs", type=int, default=14, help="processes that compile; 0 for none")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
