@@ -1,25 +1,25 @@
-"""One system from its start to its end: time, memory and texts."""
+"""Systems from their start to their end: time, memory and texts."""
 
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from machine import without_folder
 
 from peers.agreement import Replies, agreement
 from peers.client import PeerError, Prompt, Reply, Round, ask
-from peers.memory import PeakMemory, gpu_bytes
+from peers.memory import PeakMemory, family, wait_for_release
 from peers.peer import Peer, Setup
 from vllm_moe_offload.demo.server import Server
 
 _WARM_UP_TOKENS = 4
-_GPU_SLACK = 256 << 20
-_RELEASE_S = 30.0
 _RETRY_S = 1.0
 _ATTEMPTS = 5
 
@@ -32,53 +32,128 @@ class Questions:
         long: prompts whose first token is timed, one after the other, again and again.
         short: of these, as many as a batch has sequences are sent together.
         warm_up: what is sent before anything is timed.
+        long_warm_up: one as long as those of ``long``, and none of them: kernels for so many
+            tokens are compiled when it comes.
     """
 
     long: Sequence[Prompt]
     short: Sequence[Prompt]
     warm_up: Sequence[Prompt]
+    long_warm_up: Prompt
 
 
 def measure(
-    peer: Peer,
+    peers: Sequence[Peer],
     setup: Setup,
     questions: Questions,
     *,
     rounds: int,
     start_limit_s: float,
-    idle_gpu_bytes: int,
-) -> tuple[dict[str, Any], Replies]:
-    """Measure one system.
+) -> Iterator[tuple[dict[str, Any], Replies]]:
+    """Start systems at once, and measure one after the other while the rest is asked nothing.
+
+    Memory of one that is alone counts from its start, of several from when all are ready.
 
     Args:
-        peer: which.
+        peers: which.
         setup: what is the same for all.
         questions: what is asked.
         rounds: how often everything is timed; the median counts.
-        start_limit_s: seconds that it may take to be ready.
-        idle_gpu_bytes: bytes in use on the GPUs before any system was started.
+        start_limit_s: seconds that they may take to be ready.
 
-    Returns:
-        Its row, with ``status`` other than ``measured`` if it could not be, and its answers.
+    Yields:
+        For each its row, with ``status`` other than ``measured`` if it could not be, and its
+        answers. It has ended by then.
     """
-    if absent := peer.absent(setup):
-        return {"status": absent.status, "remedy": absent.remedy}, {}
-    row: dict[str, Any] = {"command": shown(peer.command(setup))}
-    log = setup.work / f"{peer.name.replace(' ', '-')}.log"
-    replies: dict[int, Sequence[Reply]] = {}
-    try:
-        peer.prepare(setup)
-        server = Server(peer.command(setup), peer.environment(setup), log)
-        with server, PeakMemory(server.pid, idle_gpu_bytes) as memory:
-            row["ready_s"] = _wait_until_ready(server, peer, questions, start_limit_s)
-            replies = _ask_everything(server, peer, setup, questions, memory, row, rounds)
-            row |= memory.as_dict()
-    # Whatever it is, the other systems are measured all the same.
-    except Exception as error:
-        return {**row, "status": "failed", "log": f"{error}\n{_tail(log)}"}, {}
-    finally:
-        _wait_for_release(idle_gpu_bytes)
-    return {**row, "status": "measured"}, replies
+    # Servers end before the threads that wait for them are waited for.
+    with ThreadPoolExecutor() as pool, ExitStack() as servers:
+        systems = [servers.enter_context(_System(peer, setup)) for peer in peers]
+        if len(systems) == 1:
+            systems[0].watch_memory()
+        list(pool.map(lambda system: system.get_ready(questions, start_limit_s), systems))
+        for system in systems:
+            system.answer(questions, rounds)
+            system.end()
+            yield system.row, system.replies
+
+
+class _System:
+    """One system. What goes wrong with it is kept in its row, and nothing more happens to it."""
+
+    def __init__(self, peer: Peer, setup: Setup) -> None:
+        self._peer = peer
+        self._setup = setup
+        self._log = setup.work / f"{peer.name.replace(' ', '-')}.log"
+        self._running = ExitStack()
+        self._server: Server | None = None
+        self._memory: PeakMemory | None = None
+        self.row: dict[str, Any] = {}
+        self.replies: dict[int, Sequence[Reply]] = {}
+
+    def __enter__(self) -> Self:
+        if absent := self._peer.absent(self._setup):
+            self.row |= {"status": absent.status, "remedy": absent.remedy}
+            return self
+        with self._failures_kept():
+            command = self._peer.command(self._setup)
+            self.row["command"] = shown(command)
+            self._peer.prepare(self._setup)
+            server = Server(command, self._peer.environment(self._setup), self._log)
+            self._server = self._running.enter_context(server)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._running.close()
+
+    def watch_memory(self) -> None:
+        """Count its memory from now on."""
+        if self._server and not self._memory:
+            self._memory = self._running.enter_context(PeakMemory(self._server.pid))
+
+    def get_ready(self, questions: Questions, limit_s: float) -> None:
+        """Wait until it answers."""
+        with self._failures_kept():
+            if self._server:
+                self.row["ready_s"] = _wait_until_ready(
+                    self._server, self._peer, questions, limit_s
+                )
+
+    def answer(self, questions: Questions, rounds: int) -> None:
+        """Ask and time it."""
+        if "status" in self.row:
+            return
+        with self._failures_kept():
+            self.watch_memory()
+            assert self._server
+            assert self._memory
+            self.replies = _ask_everything(
+                self._server, self._peer, self._setup, questions, self._memory, self.row, rounds
+            )
+            self.row["status"] = "measured"
+
+    def end(self) -> None:
+        """End its processes and see what they leave free."""
+        processes = family(self._server.pid) if self._server else []
+        self._running.close()
+        wait_for_release(processes)
+        if self._memory and self.row["status"] == "measured":
+            self.row |= self._memory.beyond_what_is_left()
+
+    @contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        try:
+            yield
+        # Whatever it is, the other systems are measured all the same.
+        except Exception as error:
+            self.row |= {"status": "failed", "log": f"{error}\n{self._tail()}"}
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:] if self._log.exists() else ""
 
 
 def shown(command: Sequence[str]) -> str:
@@ -123,7 +198,7 @@ def _ask_everything(
             return ask(server.url, peer.dialect, prompts, tokens)
 
     long = cycle(questions.long)
-    timed([next(long)], 1)  # finds code that is not compiled yet
+    ask(server.url, peer.dialect, [questions.long_warm_up], 1)
     waits = punctual(lambda: timed([next(long)], 1), rounds)
     row["first_token_s"] = _median(r.first_token_s for r in waits)
     row["decode_tokens_per_s"] = {}
@@ -154,14 +229,3 @@ def punctual(ask_once: Callable[[], Round], wanted: int) -> list[Round]:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _wait_for_release(idle_gpu_bytes: int) -> None:
-    """Give the driver time to take back the memory of processes that were killed."""
-    stop = time.monotonic() + _RELEASE_S
-    while gpu_bytes() > idle_gpu_bytes + _GPU_SLACK and time.monotonic() < stop:
-        time.sleep(_RETRY_S)
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-3000:] if log.exists() else ""

@@ -4,7 +4,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -16,6 +16,9 @@ from vllm_moe_offload.memory import meminfo
 _INTERVAL_S = 0.5
 _COST = 20
 """Reading the host's share takes a lock of the process: at most every this many times as long."""
+
+_RELEASE_S = 30.0
+_SETTLE_S = 1.0
 
 _SMI = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
@@ -31,13 +34,18 @@ def gpu_bytes() -> int:
     return sum(int(line) << 20 for line in lines.split())
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """A process and its descendants; empty if it is gone."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def proportional_bytes(pid: int) -> int:
     """Host memory of a process and its descendants; shared pages count once among them all."""
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    return sum(_proportional(process.pid) for process in processes)
+    return sum(_proportional(process.pid) for process in family(pid))
 
 
 def _proportional(pid: int) -> int:
@@ -49,26 +57,45 @@ def _proportional(pid: int) -> int:
     return sum(int(kib) * 1024 for _, kib, *_ in fields)
 
 
+def wait_for_release(processes: Sequence[psutil.Process]) -> None:
+    """Wait until processes that were killed are gone and the driver has taken back their memory."""
+    stop = time.monotonic() + _RELEASE_S
+    while any(map(_is_there, processes)) and time.monotonic() < stop:
+        time.sleep(0.1)
+    used = gpu_bytes()
+    while used and time.monotonic() < stop:
+        time.sleep(_SETTLE_S)
+        before, used = used, gpu_bytes()
+        if used >= before:
+            return
+
+
+def _is_there(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class PeakMemory:
-    """Watches a system from its start to its end.
+    """Watches a system until it ends, and compares with what is in use without it.
 
     Two figures for the host, as each misses something: ``host_bytes``, what the processes have
     mapped, files included, misses pages that a driver keeps for itself; ``host_taken_bytes``, by
-    how much the machine's available memory fell, misses mapped files, and takes what others do
-    meanwhile for the system's.
+    how much more of the machine's memory is available once they have ended, misses mapped files,
+    and takes what others do meanwhile for the system's. So others may be there, if they stay as
+    they are.
 
     Args:
         pid: its first process.
-        idle_gpu_bytes: bytes in use on the GPUs before any system was started.
     """
 
-    def __init__(self, pid: int, idle_gpu_bytes: int) -> None:
+    def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._idle_gpu = idle_gpu_bytes
-        self._available = meminfo()["MemAvailable"]
         self._look = threading.Lock()
         self._end = threading.Event()
-        self.gpu_bytes = self.host_bytes = self.host_taken_bytes = 0
+        self._gpu = self._host = 0
+        self._available = meminfo()["MemAvailable"]
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -78,6 +105,7 @@ class PeakMemory:
     def __exit__(self, *exception: object) -> None:
         self._end.set()
         self._thread.join()
+        self._look_at_gpu()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -86,15 +114,18 @@ class PeakMemory:
             yield
             self._look_at_host()
 
-    def as_dict(self) -> dict[str, int]:
-        """All figures by name."""
-        names = ("gpu_bytes", "host_bytes", "host_taken_bytes")
-        return {name: getattr(self, name) for name in names}
+    def beyond_what_is_left(self) -> dict[str, int]:
+        """All figures by name; to be asked for when the system has ended."""
+        return {
+            "gpu_bytes": max(0, self._gpu - gpu_bytes()),
+            "host_bytes": self._host,
+            "host_taken_bytes": max(0, meminfo()["MemAvailable"] - self._available),
+        }
 
     def _watch(self) -> None:
         pause = _INTERVAL_S
         while not self._end.wait(pause):
-            self.gpu_bytes = max(self.gpu_bytes, gpu_bytes() - self._idle_gpu)
+            self._look_at_gpu()
             start = time.monotonic()
             if self._look.acquire(blocking=False):
                 try:
@@ -103,7 +134,9 @@ class PeakMemory:
                     self._look.release()
             pause = max(_INTERVAL_S, _COST * (time.monotonic() - start))
 
+    def _look_at_gpu(self) -> None:
+        self._gpu = max(self._gpu, gpu_bytes())
+
     def _look_at_host(self) -> None:
-        taken = self._available - meminfo()["MemAvailable"]
-        self.host_taken_bytes = max(self.host_taken_bytes, taken)
-        self.host_bytes = max(self.host_bytes, proportional_bytes(self._pid))
+        self._available = min(self._available, meminfo()["MemAvailable"])
+        self._host = max(self._host, proportional_bytes(self._pid))

@@ -115,6 +115,8 @@ class Peer(Protocol):
 
     name: str
     dialect: Dialect
+    idles_quietly: bool
+    """Whether its server takes no time of GPU and processors while it is asked nothing."""
 
     def absent(self, setup: Setup) -> Absent | None:
         """Why it cannot run here, None if it can."""

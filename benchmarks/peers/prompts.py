@@ -16,12 +16,14 @@ WORDS = _TEXT.split()
 def prompts(
     encode: Callable[[str], Sequence[int]], count: int, tokens: int, seed: int
 ) -> list[Prompt]:
-    """Make different prompts of random words.
+    """Make different prompts of random words, all of one length.
+
+    A kernel that is compiled for even numbers of tokens is compiled again for the first odd one.
 
     Args:
         encode: the checkpoint's tokenizer.
         count: how many.
-        tokens: length of each, at most; less by what one more word would add.
+        tokens: length of each; less where no word fits the rest.
         seed: another one gives other prompts.
     """
     source = random.Random(seed)
@@ -40,4 +42,10 @@ def _prompt(encode: Callable[[str], Sequence[int]], tokens: int, source: random.
         else:
             high = middle - 1
     text = " ".join(words[:low])
+    while len(encode(text)) < tokens:
+        longer = (f"{text} {word}" for word in source.sample(WORDS, len(WORDS)))
+        fits = next((one for one in longer if len(encode(one)) <= tokens), None)
+        if fits is None:
+            break
+        text = fits
     return Prompt(text, list(encode(text)))

@@ -10,6 +10,7 @@ stock vLLM with everything there, this plugin, vLLM's ``--cpu-offload-gb`` and
 ``--offload-backend prefetch``, and as far as they are installed FreeToken, llama.cpp
 (``--n-cpu-moe``), KTransformers and Accelerate. All get the same prompts and are greedy, and their
 texts are compared with stock vLLM's. The file is written after each system, with a plot beside it.
+Of those that are vLLM ``--together 4`` starts four at once; each is measured while the others wait.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from machine import provenance
 from shapes import SHAPES
 
 from peers import checkpoint, table
+from peers.agreement import Replies
 from peers.measure import Questions, compare, measure
-from peers.memory import gpu_bytes
 from peers.peer import Peer, Setup
 from peers.plot import draw
 from peers.prompts import prompts
@@ -56,8 +58,9 @@ def main() -> int:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="peers-", dir=args.work) as work:
         try:
-            for result in run(args, peers, Path(work)):
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            with closing(run(args, peers, Path(work))) as results:
+                for result in results:
+                    args.out.write_text(json.dumps(result, indent=1) + "\n")
         except OffloadError as error:
             print(error, file=sys.stderr)
             return 2
@@ -97,6 +100,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--long-prompt", type=_count, help="tokens of the prompt whose first token is timed")
     add("--short-prompt", type=_count, default=32, help="tokens of the prompts that are decoded")
     add("--new-tokens", type=_count, default=64, help="tokens that they are continued by")
+    add("--together", type=_count, default=1, help="vLLM servers that start at once; one is asked")
     add("--rounds", type=_count, default=3, help="times that all is timed; the median counts")
     add("--limit-s", type=float, default=float("inf"), help="begin no system after so many seconds")
     add("--start-limit-s", type=float, default=900, help="seconds until a system is ready")
@@ -124,7 +128,9 @@ def _count(text: str) -> int:
     return value
 
 
-def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> Iterator[dict[str, Any]]:
+def run(
+    args: argparse.Namespace, peers: Sequence[Peer], work: Path
+) -> Generator[dict[str, Any], None, None]:
     """Make the checkpoint and measure; gives all that there is after each system."""
     start = time.monotonic()
     setup = setup_of(args, work, has_gpu=gpu_bytes_known())
@@ -144,30 +150,43 @@ def run(args: argparse.Namespace, peers: list[Peer], work: Path) -> Iterator[dic
         "long_prompt": setup.long_prompt,
         "short_prompt": setup.short_prompt,
         "new_tokens": setup.new_tokens,
+        "together": args.together,
         "systems": [],
     }
-    idle = gpu_bytes()
-    reference = None
-    for number, peer in enumerate(peers):
+    reference: Replies = {}
+    for together in starts(peers, args.together):
         seconds = time.monotonic() - start
-        print(f"[{number + 1} of {len(peers)}] {peer.name}, after {seconds:.0f} s", flush=True)
+        print(f"{', '.join(peer.name for peer in together)}, after {seconds:.0f} s", flush=True)
         if seconds > args.limit_s:
-            row, replies = {"status": "out of time", "remedy": "Raise --limit-s."}, {}
+            found = iter([_out_of_time()] * len(together))
         else:
-            row, replies = measure(
-                peer,
-                setup,
-                questions,
-                rounds=args.rounds,
-                start_limit_s=args.start_limit_s,
-                idle_gpu_bytes=idle,
+            found = measure(
+                together, setup, questions, rounds=args.rounds, start_limit_s=args.start_limit_s
             )
-        if peer.name == all_peers()[0].name:
-            reference, row["is_reference"] = replies, True
+        for peer, (row, replies) in zip(together, found, strict=True):
+            named = {"system": peer.name, **row}
+            if peer.name == all_peers()[0].name:
+                reference, named["is_reference"] = replies, True
+            else:
+                compare(named, reference, replies)
+            result["systems"].append(named)
+            yield result
+
+
+def _out_of_time() -> tuple[dict[str, Any], Replies]:
+    return {"status": "out of time", "remedy": "Raise --limit-s."}, {}
+
+
+def starts(peers: Sequence[Peer], together: int) -> list[list[Peer]]:
+    """Which systems start at once: those that wait without disturbing the one that is measured."""
+    found: list[list[Peer]] = []
+    for peer in peers:
+        last = found[-1] if found else []
+        if last and len(last) < together and all(one.idles_quietly for one in (*last, peer)):
+            last.append(peer)
         else:
-            compare(row, reference or {}, replies)
-        result["systems"].append({"system": peer.name, **row})
-        yield result
+            found.append([peer])
+    return found
 
 
 def setup_of(args: argparse.Namespace, work: Path, *, has_gpu: bool) -> Setup:
@@ -206,10 +225,12 @@ def questions_for(setup: Setup) -> Questions:
     def make(count: int, tokens: int, seed: int) -> Any:
         return prompts(lambda text: tokenizer.encode(text).ids, count, tokens, seed)
 
+    (long_warm_up,) = make(1, setup.long_prompt, 4)
     return Questions(
         long=make(_LONG_PROMPTS, setup.long_prompt, 1),
         short=make(setup.largest_batch, setup.short_prompt, 2),
         warm_up=make(setup.largest_batch, setup.short_prompt, 3),
+        long_warm_up=long_warm_up,
     )
 
 

@@ -48,8 +48,13 @@ def _agreement(row: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What is to be said of systems that were not measured."""
+    """What is to be said of how systems ran, and of those that were not measured."""
     found = []
+    if (together := result.get("together", 1)) > 1:
+        found.append(
+            f"Up to {together} vLLM servers started at once; while one was measured the "
+            "others were asked nothing. Their memory counts from when all were ready."
+        )
     for row in result["systems"]:
         if "remedy" in row:
             found.append(f"{row['system']} {_verb(row['status'])}: {row['remedy']}")

@@ -3,7 +3,10 @@
 import asyncio
 import json
 import math
+import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,17 +18,17 @@ from peers import checkpoint, convert_to_gguf, table
 from peers.agreement import agreement
 from peers.client import LlamaCpp, OpenAI, PeerError, Prompt, Reply, Round, ask
 from peers.measure import Questions, measure, punctual, shown
-from peers.memory import PeakMemory, proportional_bytes
+from peers.memory import PeakMemory, family, proportional_bytes, wait_for_release
 from peers.plot import draw
 from peers.prompts import prompts
-from peers.run import main, parse, setup_of
+from peers.run import main, parse, questions_for, setup_of, starts
 from peers.systems import all_peers
 from peers.systems.prefetch import groups
 from peers.transformers_server import Model
 from safetensors import safe_open
 from shapes import SHAPES
 
-from vllm_moe_offload.checkpoints import make_checkpoint
+from vllm_moe_offload.checkpoints import make_checkpoint, save_tokenizer
 from vllm_moe_offload.errors import OffloadError
 
 PROMPT = Prompt("one two", [5, 6, 7])
@@ -174,12 +177,29 @@ def test_agreement_compares_texts_where_one_has_no_ids():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 200])
+@pytest.mark.parametrize("tokens", [4, 7, 200])
 def test_prompts_have_their_length_and_differ(tokens):
     made = prompts(lambda text: list(text.encode())[::2], 6, tokens * 4, seed=1)
-    assert all(tokens * 4 - 10 <= len(prompt.token_ids) <= tokens * 4 for prompt in made)
+    assert [len(prompt.token_ids) for prompt in made] == [tokens * 4] * 6
+    assert all(list(prompt.text.encode())[::2] == prompt.token_ids for prompt in made)
     assert len({prompt.text for prompt in made}) == 6
     assert made == prompts(lambda text: list(text.encode())[::2], 6, tokens * 4, seed=1)
+
+
+def test_prompts_that_no_word_fits_are_shorter():
+    made = prompts(lambda text: [5] * 4 * len(text.split()), 3, 10, seed=1)
+    assert [len(prompt.token_ids) for prompt in made] == [8] * 3
+
+
+def test_warm_up_is_as_long_as_what_is_timed_and_none_of_it(tmp_path):
+    asked = setup(tmp_path, "--long-prompt", "333", "--batches", "4")
+    asked.checkpoint.mkdir()
+    save_tokenizer(asked.checkpoint, asked.shape.vocabulary)
+    found = questions_for(asked)
+    long = [*found.long, found.long_warm_up]
+    assert {len(prompt.token_ids) for prompt in long} == {333}
+    assert len({prompt.text for prompt in long}) == len(long)
+    assert {len(prompt.token_ids) for prompt in [*found.short, *found.warm_up]} == {32}
 
 
 # The checkpoint.
@@ -346,7 +366,9 @@ def test_absent_systems_say_what_would_help(tmp_path, monkeypatch):
 
 
 def questions():
-    return Questions(long=[PROMPT], short=[PROMPT] * 2, warm_up=[PROMPT] * 2)
+    """Long ones have a length that no other has."""
+    long, warm_up = Prompt("long", [5] * 9), Prompt("warm-up", [6] * 9)
+    return Questions(long=[long], short=[PROMPT] * 2, warm_up=[PROMPT] * 2, long_warm_up=warm_up)
 
 
 class FakePeer:
@@ -354,6 +376,7 @@ class FakePeer:
 
     name = "fake"
     dialect = OpenAI("peer", returns_ids=True)
+    idles_quietly = True
 
     def __init__(self, code):
         self.code = code
@@ -393,7 +416,8 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 def run_fake(tmp_path, code):
     asked = setup(tmp_path, "--batches", "1", "2", "--new-tokens", "8", has_gpu=False)
-    return measure(FakePeer(code), asked, questions(), rounds=1, start_limit_s=20, idle_gpu_bytes=0)
+    (found,) = measure([FakePeer(code)], asked, questions(), rounds=1, start_limit_s=20)
+    return found
 
 
 def test_a_system_is_measured_from_its_start_to_its_end(tmp_path):
@@ -405,6 +429,29 @@ def test_a_system_is_measured_from_its_start_to_its_end(tmp_path):
     rate = row["decode_tokens_per_s"]["1"]
     assert rate is None or 0 < rate <= 1 / 0.02
     assert row["first_token_s"] is None or row["first_token_s"] >= 0.02
+
+
+COMPILING_S = 0.5
+
+COMPILING = SERVER.replace(
+    "        loading =",
+    f"""
+        length = len(asked["prompt"])
+        print("asked", asked["prompt"], flush=True)
+        time.sleep(0 if length in seen else {COMPILING_S})
+        seen.add(length)
+        loading =""",
+).replace("start = ", "seen = set(); start = ")
+
+
+def test_kernels_for_long_prompts_are_compiled_before_any_is_timed(tmp_path):
+    row, _ = run_fake(tmp_path, COMPILING)
+    assert row["status"] == "measured", row
+    assert row["first_token_s"] is None or row["first_token_s"] < COMPILING_S
+    lines = (tmp_path / "fake.log").read_text().splitlines()
+    long = [line for line in lines if line in (f"asked {[5] * 9}", f"asked {[6] * 9}")]
+    assert long[:2] == [f"asked {[6] * 9}", f"asked {[5] * 9}"]
+    assert f"asked {[6] * 9}" not in long[1:], "what warms up is not timed"
 
 
 TINY = ["--shape", "tiny", "--batches", "1", "2", "--new-tokens", "8", "--rounds", "1",
@@ -464,6 +511,61 @@ def test_what_was_measured_is_kept_when_the_run_is_ended(tmp_path, monkeypatch, 
     assert "first" in shown.out
 
 
+MEETING = """
+import pathlib, sys, time
+here = pathlib.Path({folder!r})
+(here / "{name}").touch()
+while not (here / "{other}").exists():
+    time.sleep(0.01)
+"""
+
+
+def meeting(folder, name, other):
+    """A system that does not start before another one does."""
+    return named(name, MEETING.format(folder=str(folder), name=name, other=other) + SERVER)
+
+
+def test_systems_that_start_together_are_measured_one_after_the_other(
+    tmp_path, monkeypatch, capsys
+):
+    peers = [
+        meeting(tmp_path, "first", "second"),
+        named("broken", "raise SystemExit('hurt')"),
+        meeting(tmp_path, "second", "first"),
+    ]
+    status, result = run_all(tmp_path, monkeypatch, peers, "--together", "3")
+    assert status == 1
+    first, broken, second = result["systems"]
+    assert [first["system"], broken["system"], second["system"]] == ["first", "broken", "second"]
+    assert [first["status"], second["status"]] == ["measured"] * 2, result
+    assert "hurt" in broken["log"]
+    assert first["is_reference"]
+    assert second["agreement"]["same"] == second["agreement"]["answers"]
+    for row in (first, second):
+        # Each is a process of its own, and holds nothing of the other's.
+        assert 1 << 20 < row["host_bytes"] < 100 << 20
+    assert "Up to 3 vLLM servers started at once" in table.notes(result)[0]
+    assert not family(os.getpid())[1:]
+
+
+def test_only_systems_that_idle_quietly_start_together():
+    names = [[peer.name for peer in group] for group in starts(all_peers(), 3)]
+    assert names == [
+        ["vLLM resident", "this plugin", "vLLM --cpu-offload-gb"], ["vLLM prefetch"],
+        ["FreeToken"], ["llama.cpp"], ["KTransformers"], ["Accelerate"],
+    ]  # fmt: skip
+    assert [len(group) for group in starts(all_peers(), 1)] == [1] * len(all_peers())
+
+
+def test_no_server_is_left_of_those_that_started_together(tmp_path, monkeypatch, capsys):
+    waiting = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    peers = [named("first", "import time; time.sleep(60)"), named("second", waiting)]
+    with pytest.raises(FileNotFoundError):  # of the results: there are none
+        run_all(tmp_path, monkeypatch, peers, "--together", "2")
+    assert "Interrupted" in capsys.readouterr().err
+    assert not family(os.getpid())[1:]
+
+
 def test_a_system_that_fails_leaves_its_log(tmp_path):
     row, replies = run_fake(tmp_path, "raise SystemExit('no such kernel')")
     assert (row["status"], replies) == ("failed", {})
@@ -475,8 +577,6 @@ def test_command_lines_do_not_tell_where_things_lie():
 
 
 def test_memory_of_a_process_and_its_children(tmp_path):
-    import subprocess
-
     size = 64 << 20
     child = f"x = bytearray(b'1') * {size}; print('ready', flush=True); import time; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -485,15 +585,28 @@ def test_memory_of_a_process_and_its_children(tmp_path):
     ) as process:
         try:
             assert process.stdout.readline() == b"ready\n"
-            with PeakMemory(process.pid, 0) as memory, memory.quiet():
-                pass
-            assert size < memory.host_bytes < 3 * size
+            with PeakMemory(process.pid) as memory, memory.quiet():
+                processes = family(process.pid)
         finally:
-            import os
-            import signal
-
             os.killpg(process.pid, signal.SIGKILL)
+    wait_for_release(processes)
+    assert len(processes) == 2
     assert proportional_bytes(process.pid) == 0
+    found = memory.beyond_what_is_left()
+    assert size < found["host_bytes"] < 3 * size
+    assert found["gpu_bytes"] == 0 or shutil.which("nvidia-smi")
+
+
+def test_memory_of_the_gpu_is_what_is_free_again_at_the_end(monkeypatch):
+    # Another system has 5 of it all the time, and the driver is slow to take back the rest.
+    readings = iter([5, 9, 12, 11, *[8, 6, 5, 5], 5])
+    monkeypatch.setattr("peers.memory.gpu_bytes", lambda: next(readings))
+    monkeypatch.setattr("peers.memory._SETTLE_S", 0.0)
+    memory = PeakMemory(os.getpid())
+    for _ in range(4):
+        memory._look_at_gpu()
+    wait_for_release([])
+    assert memory.beyond_what_is_left()["gpu_bytes"] == 12 - 5
 
 
 # transformers behind HTTP.

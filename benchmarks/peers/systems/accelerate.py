@@ -17,6 +17,7 @@ class Accelerate:
 
     name = "Accelerate"
     dialect = OpenAI(MODEL_NAME, returns_ids=True)
+    idles_quietly = False
 
     def absent(self, setup: Setup) -> Absent | None:
         """Why it cannot run here, None if it can."""

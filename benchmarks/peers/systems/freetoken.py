@@ -18,6 +18,7 @@ class FreeToken:
 
     name = "FreeToken"
     dialect = OpenAI(MODEL_NAME, takes_ids=False)
+    idles_quietly = False
 
     def absent(self, setup: Setup) -> Absent | None:
         """Why it cannot run here, None if it can."""

@@ -19,6 +19,7 @@ class KTransformers:
 
     name = "KTransformers"
     dialect = OpenAI(MODEL_NAME)
+    idles_quietly = False
 
     def absent(self, setup: Setup) -> Absent | None:
         """Why it cannot run here, None if it can."""

@@ -24,6 +24,7 @@ class LlamaCpp:
 
     name = "llama.cpp"
     dialect = Dialect()
+    idles_quietly = False
 
     def absent(self, setup: Setup) -> Absent | None:
         """Why it cannot run here, None if it can."""

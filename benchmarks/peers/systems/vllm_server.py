@@ -15,6 +15,8 @@ class VllmServer:
         needs_gpu: whether its way to offload exists on a GPU only.
     """
 
+    idles_quietly = True
+
     def __init__(self, name: str, *, needs_gpu: bool) -> None:
         self.name = name
         self.dialect = OpenAI(MODEL_NAME, returns_ids=True)
