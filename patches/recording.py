@@ -22,6 +22,7 @@ from vllm_moe_offload import __version__
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.offloaded_layer import LayerSpec
 from vllm_moe_offload.recorder import HotSet, Recorder, StepRows, TraceInfo, warm_start_path
 from vllm_moe_offload.recorder.hot_set import SECTION as HOT_SET
 from vllm_moe_offload.warm_start import ModelIdentity, Section, WarmStartFile
@@ -90,7 +91,7 @@ class Recording:
                 "moe-offload: the %d hottest experts of %s are in slots",
                 filled, self._warm_start.path,
             )  # fmt: skip
-        learners = self._warm_predictor(sections)
+        learners = self._warm(sections)
         if self._recorder:
             self._recorder.start(hot_set, sections, learners)
 
@@ -128,19 +129,29 @@ class Recording:
             return {}
         return dict(sections)
 
-    def _warm_predictor(self, sections: dict[str, Section]) -> dict[str, Callable[[], Section]]:
-        """Give the predictor what it has learned before; returns how to ask it for it again."""
-        predictor = self._engine.predictor
-        if predictor is None:
-            return {}
-        name = f"predictor_{self._engine.config.predictor}"
-        try:
-            if name in sections:
-                predictor.from_arrays(sections[name])
-        except OffloadError as error:
-            self._warm_start.refuse()
-            logger.warning("%s The predictor starts empty.", error)
-        return {name: predictor.to_arrays} if predictor.to_arrays() else {}
+    def _warm(self, sections: dict[str, Section]) -> dict[str, Callable[[], Section]]:
+        """Give learners what they have learned before; returns how to ask them for it again."""
+        found: dict[str, Callable[[], Section]] = {}
+        for name, (what, learner) in self._learners().items():
+            try:
+                if name in sections:
+                    learner.from_arrays(sections[name])
+            except OffloadError as error:
+                self._warm_start.refuse()
+                logger.warning("%s The %s starts empty.", error, what)
+            if learner.to_arrays():
+                found[name] = learner.to_arrays
+        return found
+
+    def _learners(self) -> dict[str, tuple[str, Any]]:
+        """By the name of their section, what learns and what it is called."""
+        engine, found = self._engine, dict[str, tuple[str, Any]]()
+        if engine.predictor is not None:
+            found[f"predictor_{engine.config.predictor}"] = ("predictor", engine.predictor)
+        # One worker writes for all; where each holds other experts, they learn different things.
+        if engine.eviction is not None and all(_holds_all(spec) for spec in engine.specs):
+            found[f"policy_{engine.config.policy}"] = ("eviction policy", engine.eviction)
+        return found
 
 
 class RequestTable:
@@ -222,6 +233,11 @@ def _prompt_length(request: Any) -> int:
     if tokens is None:
         tokens = () if request.prompt_embeds is None else request.prompt_embeds
     return len(tokens)
+
+
+def _holds_all(spec: LayerSpec) -> bool:
+    """Whether all experts that a layer's router chooses from are in this worker."""
+    return spec.routing is not None and spec.num_experts == spec.routing.num_experts
 
 
 def _identity(model: str, engine: OffloadEngine) -> ModelIdentity:

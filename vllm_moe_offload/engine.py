@@ -328,6 +328,11 @@ class OffloadEngine:
         return self.borrower.lent_bytes if self.borrower else 0
 
     @property
+    def eviction(self) -> AdaptiveEviction | None:
+        """What learns whom to evict, if anything does."""
+        return self._eviction
+
+    @property
     def predictor(self) -> Predictor | None:
         """What guesses the next layer's experts, if anything does."""
         return self._prefetch.predictor if self._prefetch else None

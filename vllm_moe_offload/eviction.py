@@ -3,10 +3,15 @@
 Legend: L layers, E experts (the most of any layer), R orders.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.candidates import (
     CANDIDATES,
     EXPERT_BITS,
@@ -69,6 +74,28 @@ class AdaptiveEviction:
         rank_RE[AS_LRU] = rank_RE[LRU]
         self.tables.held_LE[layer] = 0
 
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """What a warm start keeps: what was learned, but not who is resident; waits for the device.
+
+        Another thread may ask.
+        """
+        return {name: np.array(getattr(self.tables, name).cpu()) for name in _KEPT}
+
+    def from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what a warm start kept.
+
+        Raises:
+            OffloadError: the arrays are damaged or belong to another model.
+        """
+        found = {name: _checked(arrays, name, getattr(self.tables, name)) for name in _KEPT}
+        standing = found["standing"]
+        # There may be fewer slots by now.
+        ceiling = HIT * (sum(self._num_slots) + self.tables.num_layers)
+        standing[Standing.BALANCE] = min(standing[Standing.BALANCE], ceiling)
+        standing[Standing.TURN] %= self.tables.num_layers
+        for name, array in found.items():
+            getattr(self.tables, name).copy_(torch.from_numpy(array))
+
     def check_integrity(self) -> None:
         """Raise unless ranks, LRU's cache, averages and the balance are such as can be."""
         tables = self.tables
@@ -119,3 +146,31 @@ def make_eviction(
     if policy != "adaptive" or not evicts:
         return None
     return AdaptiveEviction(num_experts, num_slots, device, operations_for(device))
+
+
+_KEPT = {
+    "average_LFE": (0, 1),
+    "sequel_LEE": (0, SEQUEL_UNIT * len(SOON)),
+    "votes_M": (0, math.inf),
+    "standing": (-math.inf, math.inf),
+}
+"""Tables that outlast a restart, with the least and the most that they hold."""
+
+
+def _checked(arrays: Mapping[str, NDArray[Any]], name: str, table: torch.Tensor) -> NDArray[Any]:
+    """Return a table of a warm start.
+
+    Raises:
+        OffloadError: it is not there, has another shape, or holds something else.
+    """
+    array, (least, most) = arrays.get(name), _KEPT[name]
+    expected = table.cpu().numpy()
+    if array is None or array.shape != expected.shape or array.dtype != expected.dtype:
+        problem = "there is no such table of this model's layers and experts"
+    elif not (np.isfinite(array) & (array >= least) & (array <= most)).all():
+        problem = "it holds something else than what was learned"
+    elif name == "standing" and not 0 <= array[Standing.LEADER] < CANDIDATES:
+        problem = "it follows an order that does not exist"
+    else:
+        return array.copy()
+    raise OffloadError("policy", name, f"of the warm start {problem}", "Delete the file")

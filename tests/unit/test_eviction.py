@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import random_trace, recorded, trace_of
 
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.kernels.candidates import CANDIDATES, HIT, LRU, SEQUEL, SOON
 from vllm_moe_offload.kernels.learn import AS_LRU, Standing
@@ -363,3 +364,61 @@ def test_integrity_notices(kind):
     spoil(layers, kind)
     with pytest.raises(AssertionError):
         layers.eviction.check_integrity()
+
+
+def taught(slots: int = 4) -> Layers:
+    trace = random_trace(5, tokens=60, layers=3, experts=12, top_k=3)
+    layers = Layers([12] * 3, [slots] * 3)
+    for step in iterate(trace, schedule(trace, 1)):
+        layers.step(np.ascontiguousarray(step.ids_TLK.transpose(1, 0, 2)))
+    return layers
+
+
+def test_what_was_learned_outlasts_a_restart():
+    old = taught()
+    arrays = old.eviction.to_arrays()
+    new = Layers([12] * 3, [4] * 3)
+    new.eviction.from_arrays(arrays)
+    new.check_integrity()
+    for name, array in new.eviction.to_arrays().items():
+        assert np.array_equal(array, arrays[name])
+    assert (new.leader, new.balance) == (old.leader, old.balance)
+    assert arrays["sequel_LEE"].any()
+    ids_LTK = np.zeros((3, 1, 3), np.int64) + np.arange(3)
+    before = arrays["average_LFE"].copy()
+    old.step(ids_LTK)
+    assert np.array_equal(arrays["average_LFE"], before), "what was taken does not change"
+    new.step(ids_LTK)
+    new.check_integrity()
+
+
+def test_a_restart_with_fewer_slots():
+    arrays = taught().eviction.to_arrays()
+    arrays["standing"][Standing.BALANCE] = 10**12
+    fewer = Layers([12] * 3, [1] * 3)
+    fewer.eviction.from_arrays(arrays)
+    fewer.check_integrity()
+
+
+NO_SUCH_LEADER = CANDIDATES * (np.arange(len(Standing)) == Standing.LEADER)
+
+
+@pytest.mark.parametrize(
+    ("name", "damages"),
+    [
+        ("average_LFE", [lambda a: a + 1, lambda a: a * np.nan, lambda a: a.astype(np.float64)]),
+        ("sequel_LEE", [lambda a: a - 1 - a.max(), lambda a: a[:, :-1]]),
+        ("votes_M", [lambda a: a - 1e6, lambda a: a[:-1]]),
+        ("standing", [lambda a: a + NO_SUCH_LEADER, lambda a: a.astype(np.int32)]),
+    ],
+)
+def test_damaged_or_foreign_tables_are_refused(name, damages):
+    good = taught().eviction.to_arrays()
+    for array in (None, *(damage(good[name]) for damage in damages)):
+        fresh = Layers([12] * 3, [4] * 3).eviction
+        start = fresh.to_arrays()
+        arrays = {n: a for n, a in {**good, name: array}.items() if a is not None}
+        with pytest.raises(OffloadError, match=name):
+            fresh.from_arrays(arrays)
+        for key, value in fresh.to_arrays().items():
+            assert np.array_equal(value, start[key]), "nothing of it is taken"

@@ -135,8 +135,13 @@ def test_a_restart_begins_warm(path, tmp_path):
     with engine(path, FAMILY, **LIMITS, **options) as llm:
         assert worker_of(llm).moe_offload_stats()["resident"] == 0
         run(llm, prompts, 12)
+        (offload,) = worker_of(llm).moe_offload_engines
+        learned = offload.eviction.to_arrays()
+        assert learned["sequel_LEE"].any()
     with engine(path, FAMILY, **LIMITS, **options) as llm:
         (offload,) = worker_of(llm).moe_offload_engines
+        found = offload.eviction.to_arrays()
+        assert all((found[name] == learned[name]).all() for name in learned)
         stats = offload.stats()
         assert stats.resident == stats.slots
         assert (stats.active, stats.bytes_moved) == (0, 0)
