@@ -9,7 +9,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from reference import PROMPTS
 from safetensors.torch import load_file, save_file
 from served import engine, generate, offloaded, tokens
@@ -21,21 +20,7 @@ from vllm_moe_offload.quantised_checkpoints import FORMATS, quantise_checkpoint
 
 MAX_TOKENS = 12
 TOLERANCE = 1e-4
-NAMES = ("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "moe_wna16", "gpt_oss_mxfp4",
-         "mxfp4", "modelopt_fp4")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def float32_allowed(monkeypatch):
-    """Formats of vLLM want 16-bit activations, in which two correct programs differ."""
-    from vllm.model_executor.layers.quantization import get_quantization_config
-
-    for name in NAMES:
-        monkeypatch.setattr(
-            get_quantization_config(name),
-            "get_supported_act_dtypes",
-            classmethod(lambda _: [torch.float32, torch.bfloat16, torch.float16]),
-        )
+pytestmark = pytest.mark.usefixtures("float32_allowed")
 
 
 def family_of(form):
@@ -71,10 +56,8 @@ def planned_pool(path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_same_tokens_as_stock_vllm_on_the_decoded_weights(quantised, form, monkeypatch):
-    from vllm_moe_offload import layer
-
-    monkeypatch.setattr(layer, "_multiplies_e4m3", lambda _: False)
+@pytest.mark.usefixtures("unrounded")
+def test_same_tokens_as_stock_vllm_on_the_decoded_weights(quantised, form):
     with engine(quantised(form, decoded=True), family_of(form)) as llm:
         expected = generate(llm, PROMPTS, MAX_TOKENS)
     actual, stats = run(quantised(form), form, 0.25)
