@@ -56,3 +56,24 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_moe_offload import layer
 
     monkeypatch.setattr(layer, "_multiplies_e4m3", lambda _: False)
+
+
+@pytest.fixture(scope="session")
+def quantised(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Makes the twins of a checkpoint in a format, once a session."""
+    from quantised import family_of
+
+    from vllm_moe_offload.quantised_checkpoints import quantise_checkpoint
+
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(form: str, *, decoded: bool = False) -> Path:
+        if (form, decoded) not in made:
+            source = checkpoint(family_of(form), num_layers=2, intermediate_size=128)
+            path = tmp_path_factory.mktemp(form)
+            made[form, decoded] = quantise_checkpoint(source, path, form, decoded=decoded)
+        return made[form, decoded]
+
+    return make
