@@ -11,7 +11,11 @@ import vllm
 from vllm.logger import init_logger
 
 from vllm_moe_offload import patches
-from vllm_moe_offload.checkpoint_check import missing_expert_tensors, tensor_names
+from vllm_moe_offload.checkpoint_check import (
+    groups_out_of_order,
+    missing_expert_tensors,
+    tensor_names,
+)
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.patches.version import check_version
@@ -177,7 +181,7 @@ def check_recording(vllm_config: Any, config: MoeOffloadConfig) -> None:
 
 
 def check_checkpoint(vllm_config: Any) -> None:
-    """Refuse a checkpoint on disk that is cut off, or lacks a file or an expert tensor.
+    """Refuse a checkpoint on disk that is cut off, lacks a file or expert tensor, or has act-order.
 
     Raises:
         OffloadError: with the name of the file or tensor.
@@ -194,4 +198,11 @@ def check_checkpoint(vllm_config: Any) -> None:
             folder,
             f"{len(missing)} expert tensors are missing, the first is {missing[0]}",
             "Download the checkpoint again or repair it",
+        )
+    if name := groups_out_of_order(folder):
+        raise OffloadError(
+            "checkpoint",
+            name,
+            "its groups are in the order of activations (act-order), which is not supported",
+            "Use a checkpoint that was quantised with desc_act = false",
         )

@@ -1,4 +1,4 @@
-"""Find expert tensors that a checkpoint lacks by looking at its headers alone."""
+"""Find what a checkpoint's experts lack, before weights are loaded, by little more than headers."""
 
 import re
 from collections import defaultdict
@@ -42,6 +42,25 @@ def tensor_names(folder: Path) -> list[str]:
         OffloadError: a file is cut off or damaged, or one of several is not there.
     """
     return [tensor.name for file in _files(folder) for tensor in read_header(file)]
+
+
+def groups_out_of_order(folder: Path) -> str | None:
+    """Name a GPTQ expert whose groups are in the order of activations (act-order).
+
+    vLLM leaves the indices of groups out, so that such weights would be decoded by other groups'
+    scales. A checkpoint is made in one way: one tensor of each file is looked at.
+    """
+    from safetensors import safe_open
+
+    for file in _files(folder):
+        names = (t.name for t in read_header(file) if t.name.endswith(".g_idx"))
+        name = next((name for name in names if _PER_EXPERT.match(name)), None)
+        if name is None:
+            continue
+        with safe_open(file, framework="pt") as content:
+            if bool((content.get_tensor(name).diff() < 0).any()):
+                return name
+    return None
 
 
 def file_of(folder: Path, name: str) -> str | None:

@@ -68,6 +68,18 @@ def _is_scale(name: str) -> bool:
     return name.partition("_")[2] in ("scale", "global", "input")
 
 
+def damaged_input_scales(scales: dict[str, Tensor]) -> list[Damage]:
+    """Look at scales of activations, [E] or [E, 2]: every one is a number above zero."""
+    found = []
+    for name, scale in scales.items():
+        flat_EV = scale.reshape(scale.shape[0], -1)
+        for expert in (~(flat_EV.isfinite() & (flat_EV > 0))).any(1).nonzero().flatten().tolist():
+            values = flat_EV[expert].tolist()
+            half, value = next((h, v) for h, v in enumerate(values) if not 0 < v < float("inf"))
+            found.append(Damage(name, expert, f"{value:g}", half))
+    return found
+
+
 def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]:
     """Look at all scales [E, ...] of a layer.
 
@@ -77,7 +89,7 @@ def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]
     """
     found = []
     for name, view in views.items():
-        if not _is_scale(name):
+        if not _is_scale(name) or name.endswith("_input"):
             continue
         for problem, bad_E in _tests(form, view.reshape(view.shape[0], -1)):
             found += [Damage(name, e, problem) for e in bad_E.nonzero().flatten().tolist()]
@@ -112,6 +124,4 @@ def _vanished(form: ExpertFormat, views: dict[str, Tensor], name: str) -> list[D
             if not torch.equal(dequantise(a, form, 0) != 0, dequantise(b, form, 0) != 0):
                 hidden.append(Damage(name, expert, "zero over weights that are not"))
                 break
-        if name.endswith("_input"):
-            hidden.append(Damage(name, expert, "zero"))
     return hidden

@@ -8,6 +8,7 @@ engine.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from vllm_moe_offload import fill
+from vllm_moe_offload.checked_loader import Room, checked_loader
 from vllm_moe_offload.checkpoint_check import file_of
-from vllm_moe_offload.damage import Damage, damaged_scales, damaged_weights
+from vllm_moe_offload.damage import (
+    Damage,
+    damaged_input_scales,
+    damaged_scales,
+    damaged_weights,
+)
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
@@ -162,10 +169,13 @@ class OffloadMixin(FusedMoEMethodBase):
     def _quant_config(self, layer: Any) -> Any:
         return self.get_fused_moe_quant_config(layer)
 
-    def _check_filled(self, layer: Any) -> None:
+    def _gaps(self, _layer: Any) -> list[fill.Gap]:
         segment = self.offload_engine.pool.segments[self.offload_layer]
         transposed = self.offload_engine.specs[self.offload_layer].transposed
-        gaps = fill.gaps(segment.filled_views(), transposed)
+        return fill.gaps(segment.filled_views(), transposed)
+
+    def _check_filled(self, layer: Any) -> None:
+        gaps = self._gaps(layer)
         if missing := [_checkpoint_name(layer, g.tensor, g.expert, g.half) for g in gaps]:
             raise OffloadError(
                 "checkpoint",
@@ -223,7 +233,7 @@ class QuantisedOffloadMixin(OffloadMixin):
         try:
             with torch.device("cpu"):
                 super(OffloadMixin, self).create_weights(layer, *args, **kwargs)
-        except (ValueError, AssertionError) as error:
+        except (ValueError, AssertionError, RuntimeError) as error:
             raise refusal(
                 type(self).__name__, self.offload_prefix, f"vLLM refuses their sizes ({error})"
             ) from error
@@ -235,6 +245,26 @@ class QuantisedOffloadMixin(OffloadMixin):
             format=scheme.format, filled_as=filled_as, transposed=scheme.transposed, **about
         )
         self._join(layer, spec)
+        self._check_while_loading(layer, parameters)
+
+    def _check_while_loading(self, layer: Any, parameters: Mapping[str, Any]) -> None:
+        """Have loaders refuse what does not fit, and find scales of activations that never come."""
+        in_rows = set(self.offload_scheme.places.values())
+        if getattr(self, "weight_scale_refine", None) is not None:
+            # Where a worker's part of a block has scales of its own, the loader makes them.
+            in_rows = {name for name in in_rows if "scale" not in name}
+        for name, parameter in parameters.items():
+            halves = 2 if name.startswith("w13") and self.moe.is_act_and_mul else 1
+            room = Room(halves, layer.moe_config.moe_parallel_config.tp_size)
+            parameter.weight_loader = checked_loader(
+                parameter.weight_loader,
+                partial(_name_while_loading, layer),
+                room if name in in_rows else None,
+            )
+        fill.mark(self._input_scales(parameters))
+
+    def _input_scales(self, parameters: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: parameters[name].data for name in self.offload_scheme.maxima.values()}
 
     def _layouts(
         self, parameters: dict[str, Any], sizes: dict[str, Any]
@@ -274,12 +304,19 @@ class QuantisedOffloadMixin(OffloadMixin):
                 sorted(loaded)[0], self.offload_prefix, "their biases are not part of the model"
             )
 
+    def _gaps(self, layer: Any) -> list[fill.Gap]:
+        parameters = dict(layer.named_parameters(recurse=False))
+        # One number of the layer comes into the rows when all are loaded.
+        in_rows = [g for g in super()._gaps(layer) if g.tensor not in self.offload_scheme.maxima]
+        return in_rows + fill.gaps(self._input_scales(parameters))
+
     def _check_values(self, layer: Any) -> None:
         super()._check_values(layer)
         segment = self.offload_engine.pool.segments[self.offload_layer]
-        scheme = self.offload_scheme
-        damages = damaged_scales(scheme.format, segment.views())
-        self._refuse(layer, "scales", damages, {**scheme.maxima, **scheme.places})
+        parameters = dict(layer.named_parameters(recurse=False))
+        damages = damaged_scales(self.offload_scheme.format, segment.views())
+        damages += damaged_input_scales(self._input_scales(parameters))
+        self._refuse(layer, "scales", damages, self.offload_scheme.places)
 
 
 def _activation(layer: Any, prefix: str) -> activation.Activation:
@@ -328,7 +365,10 @@ def _local_ids(ids_TK: torch.Tensor, expert_map: torch.Tensor | None) -> torch.T
 
 def _checkpoint_name(layer: Any, tensor: str, expert: int, half: int) -> str:
     """Name a part of a parameter as checkpoints do that store experts one by one."""
-    experts = _routing(layer).id_of_E
+    return _stored_name(layer, tensor, _routing(layer).id_of_E[expert], half)
+
+
+def _stored_name(layer: Any, tensor: str, expert_id: int, half: int) -> str:
     stem, _, kind = tensor.partition("_")
     if stem == "w2":
         part = layer.ckpt_down_proj_name
@@ -336,4 +376,14 @@ def _checkpoint_name(layer: Any, tensor: str, expert: int, half: int) -> str:
         part = layer.ckpt_gate_proj_name
     else:
         part = layer.ckpt_up_proj_name
-    return f"{layer.layer_name}.{experts[expert]}.{part}.{kind}"
+    return f"{layer.layer_name}.{expert_id}.{part}.{kind}"
+
+
+def _name_while_loading(
+    layer: Any, weight_name: str, shard: str | None, expert_id: int | None
+) -> str:
+    """The checkpoint's name of what a weight loader is given, the parameter's if it is stacked."""
+    if expert_id is None:
+        return weight_name
+    tensor = weight_name.rpartition(".")[2]
+    return _stored_name(layer, tensor, expert_id, half=int(shard == "w3"))

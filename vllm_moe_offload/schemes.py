@@ -103,13 +103,11 @@ class Scheme:
             source, target = filled[self.places[name]], read[name]
             for first in range(0, source.shape[0], EXPERTS_AT_ONCE):
                 some = slice(first, first + EXPERTS_AT_ONCE)
-                ordered = order(source[some].clone())
+                # Flat, for a dimension of size one keeps a stride that views stumble over.
+                ordered = order(source[some].clone()).flatten()
                 # Bytes are compared and copied, so that types of one size may meet.
-                target[some].view(torch.uint8).copy_(
-                    ordered.contiguous()
-                    .view(torch.uint8)
-                    .view(target[some].view(torch.uint8).shape)
-                )
+                into = target[some].view(torch.uint8)
+                into.copy_(ordered.view(torch.uint8).view(into.shape))
         for name, parameter in self.maxima.items():
             read[name].fill_(parameters[parameter].max())
 

@@ -1,9 +1,15 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_moe_offload.checkpoint_check import file_of, missing_expert_tensors, tensor_names
+from vllm_moe_offload.checkpoint_check import (
+    file_of,
+    groups_out_of_order,
+    missing_expert_tensors,
+    tensor_names,
+)
 from vllm_moe_offload.checkpoints import make_checkpoint
 from vllm_moe_offload.errors import OffloadError
 
@@ -128,3 +134,20 @@ def test_file_of_a_tensor(shards):
 @pytest.mark.parametrize("other", ["", "no such folder"])
 def test_no_file_of_another_kind_of_checkpoint(tmp_path, other):
     assert file_of(tmp_path / other, "lm_head.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("indices", "in_order"),
+    [([0, 0, 1, 1], True), ([0, 0, 0, 0], True), ([1, 0, 1, 0], False), ([0, 1, 1, 0], False)],
+)
+def test_groups_in_the_order_of_activations(tmp_path, indices, in_order):
+    name = "model.layers.0.mlp.experts.0.up_proj.g_idx"
+    other = "model.layers.0.self_attn.q_proj.g_idx"  # not of experts, vLLM's business
+    tensors = {name: torch.tensor(indices).int(), other: torch.tensor([1, 0]).int()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert groups_out_of_order(tmp_path) == (None if in_order else name)
+
+
+def test_no_groups_to_look_at(shards, tmp_path):
+    assert groups_out_of_order(shards[0].parent) is None
+    assert groups_out_of_order(tmp_path / "no such folder") is None

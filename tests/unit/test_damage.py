@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from vllm_moe_offload.damage import Damage, damaged_weights
+from vllm_moe_offload.damage import Damage, damaged_input_scales, damaged_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -87,3 +87,14 @@ def test_other_codes_and_scales_are_left_to_others():
         "w2_scale": torch.full((2, 8), math.nan).to(torch.float8_e4m3fn),
     }
     assert damaged_weights(views) == []
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf, -math.inf])
+def test_scales_of_activations(value):
+    scales = {"w13_input_scale": torch.ones(4, 2), "w2_input_scale": torch.ones(4)}
+    assert damaged_input_scales(scales) == []
+    scales["w13_input_scale"][2, 1] = scales["w2_input_scale"][3] = value
+    assert damaged_input_scales(scales) == [
+        Damage("w13_input_scale", 2, f"{value:g}", half=1),
+        Damage("w2_input_scale", 3, f"{value:g}"),
+    ]

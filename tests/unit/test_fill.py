@@ -66,11 +66,33 @@ def test_gaps_in_codes(dtype, beside, written):
     assert missing == {(e, h) for e in range(EXPERTS) for h in {0, 1} - set(written)}
 
 
-def test_tensors_without_a_mark_are_left_alone():
+@pytest.mark.parametrize("shape", [(6, 90), (10, 4), (4, 5)])
+@pytest.mark.parametrize("written", [(), (0,), (1,), (0, 1)])
+def test_gaps_in_codes_of_rows_of_any_width(shape, written):
+    """Such as gpt-oss's scales, 90 bytes a row."""
+    layout = ExpertLayout.pack([("w13_scale", shape, torch.uint8)])
+    tensors = layout.views(torch.zeros(EXPERTS, layout.row_bytes, dtype=torch.uint8))
+    mark(tensors)
+    for half in written:
+        tensors["w13_scale"].chunk(2, dim=1)[half].fill_(127)
+    missing = {(g.expert, g.half) for g in gaps(tensors)}
+    assert missing == {(e, h) for e in range(EXPERTS) for h in {0, 1} - set(written)}
+
+
+def test_one_number_an_expert():
+    tensors = {"input": torch.zeros(EXPERTS), "global": torch.zeros(EXPERTS, 2)}
+    mark(tensors)
+    tensors["input"][1] = tensors["global"][2, 1] = 1.0
+    assert set(gaps(tensors)) == {
+        Gap("input", 0, 0), Gap("input", 2, 0), Gap("global", 2, 0),
+        *(Gap("global", e, half) for e in (0, 1) for half in (0, 1)),
+    }  # fmt: skip
+
+
+def test_tensors_too_small_for_a_mark_are_left_alone():
     tensors = {
-        "qzeros": torch.ones(EXPERTS, 4, 3, dtype=torch.int32),
-        "fp8": torch.ones(EXPERTS, 4, 4).to(torch.float8_e4m3fn),
-        "scale": torch.ones(EXPERTS),
+        "qzeros": torch.ones(EXPERTS, 7, dtype=torch.uint8),
+        "fp8": torch.ones(EXPERTS, 2, 3).to(torch.float8_e4m3fn),
     }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     mark(tensors)
@@ -83,4 +105,4 @@ def test_a_tensor_of_one_row():
     tensors = {"w": torch.zeros(2, 1, 4)}
     mark(tensors)
     tensors["w"][0] = 1.0
-    assert set(gaps(tensors)) == {Gap("w", 1, 0), Gap("w", 1, 1)}
+    assert gaps(tensors) == [Gap("w", 1, 0)]

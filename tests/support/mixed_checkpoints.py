@@ -1,0 +1,167 @@
+"""Checkpoints whose layers are stored in different ways of one format, so that one start tests all.
+
+compressed-tensors' own compressors pack its checkpoints and decode them again; GPTQ's are packed
+from its definition. Both formats know such checkpoints, by rules for the names of layers.
+
+Legend: N rows and K terms of a weight, G groups of terms with one scale.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+from vllm_moe_offload.quantised_checkpoints import gptq, gptq_config, quantise_experts
+
+Quantise = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
+
+GPTQ = [(bits, group) for bits in (4, 8) for group in (32, 64, 128, 0)]
+"""Bits and group of each layer, 0 for one group a row."""
+
+
+def _integers(bits: int, group: int, *, symmetric: bool = True) -> dict[str, Any]:
+    by_group = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, **by_group}
+
+
+def _fp8(strategy: str, **more: Any) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **more}
+
+
+_NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group",
+          "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip
+
+COMPRESSED: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
+    "pack-quantized": [
+        *((_integers(4, group), None) for group in (32, 64, 128, 0)),
+        *((_integers(4, group, symmetric=False), None) for group in (32, 64, 128, 0)),
+        *((_integers(8, group), None) for group in (32, 64, 128, 0)),
+    ],
+    "float-quantized": [
+        (_fp8("channel"), _fp8("token", dynamic=True)),
+        (_fp8("tensor"), _fp8("tensor")),
+        (_fp8("tensor"), _fp8("tensor", dynamic=True)),
+        (
+            _fp8("block", block_structure=[128, 128]),
+            _fp8("group", group_size=128, dynamic=True),
+        ),
+    ],
+    "nvfp4-pack-quantized": [(_NVFP4, {**_NVFP4, "dynamic": "local"}), (_NVFP4, None)],
+}
+"""Weights and activations of each layer, by the format of compressed-tensors."""
+
+
+def mixed_gptq(source: Path, path: Path, *, decoded: bool) -> Path:
+    """Store layer n of a checkpoint as ``GPTQ[n]`` says."""
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        config = gptq_config(*GPTQ[0], skipped)
+        config["dynamic"] |= {
+            f"+:.*\\.{n}\\..*": {"bits": bits, "group_size": group or -1}
+            for n, (bits, group) in enumerate(GPTQ)
+        }
+        return config
+
+    return _by_layer(source, path, [gptq(*each) for each in GPTQ], configure, decoded)
+
+
+def mixed_compressed(source: Path, path: Path, form: str, *, decoded: bool) -> Path:
+    """Store layer n of a checkpoint as ``COMPRESSED[form][n]`` says."""
+    schemes = [
+        QuantizationScheme(
+            targets=[f"re:.*layers\\.{n}\\..*experts.*"],
+            weights=QuantizationArgs(**weights),
+            input_activations=None if inputs is None else QuantizationArgs(**inputs),
+            format=form,
+        )
+        for n, (weights, inputs) in enumerate(COMPRESSED[form])
+    ]
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        return QuantizationConfig(
+            config_groups={f"group_{n}": scheme for n, scheme in enumerate(schemes)},
+            format=form,
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=skipped,
+        ).model_dump(mode="json")
+
+    return _by_layer(source, path, [_compressor(form, s) for s in schemes], configure, decoded)
+
+
+def _by_layer(
+    source: Path,
+    path: Path,
+    quantisers: Sequence[Quantise],
+    configure: Callable[[list[str]], dict[str, Any]],
+    decoded: bool,
+) -> Path:
+    def quantise(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        assert found, name
+        return quantisers[int(found[1])](weight)
+
+    return quantise_experts(source, path, quantise, configure, decoded=decoded)
+
+
+def _compressor(form: str, scheme: QuantizationScheme) -> Quantise:
+    compressor = BaseCompressor.get_value_from_registry(form)
+    assert scheme.weights is not None
+
+    def quantise(weight_NK: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        state = {"weight": weight_NK, **_parameters(weight_NK, scheme)}
+        packed = compressor.compress(state, scheme)
+        packed["weight_scale"] = packed["weight_scale"].contiguous()
+        return packed, _decoded(packed, scheme)
+
+    def _decoded(packed: dict[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
+        if "weight_global_scale" not in packed:
+            return compressor.decompress(dict(packed), scheme)["weight"].float()
+        # Here the compressor would round to bfloat16.
+        rows, width = packed["weight_packed"].shape
+        values = unpack_fp4_from_uint8(packed["weight_packed"], rows, 2 * width, torch.float32)
+        scale, whole = packed["weight_scale"].float(), packed["weight_global_scale"]
+        return dequantize(values, scale, global_scale=whole, args=scheme.weights)
+
+    return quantise
+
+
+def _parameters(weight_NK: torch.Tensor, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """Scales and zero points from the range of what shares them, and scales of activations."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    assert weights is not None
+    shared = _shared(weight_NK, weights)
+    found, whole = {}, None
+    if weights.strategy == "tensor_group":
+        whole = generate_gparam(weight_NK.min(), weight_NK.max())
+        found["weight_global_scale"] = whole
+        if inputs is not None:
+            found["input_global_scale"] = torch.tensor([300.0])
+    elif inputs is not None and not inputs.dynamic:
+        found["input_scale"] = torch.tensor([0.05])
+    scale, zero = calculate_qparams(shared.amin(-1), shared.amax(-1), weights, global_scale=whole)
+    return {**found, "weight_scale": scale, "weight_zero_point": zero}
+
+
+def _shared(weight_NK: torch.Tensor, weights: QuantizationArgs) -> torch.Tensor:
+    """All weights with one scale along the last dimension."""
+    if weights.strategy == "tensor":
+        return weight_NK.reshape(1, -1)
+    if weights.strategy == "channel":
+        return weight_NK[:, None]
+    if weights.strategy == "block":
+        rows, terms = weights.block_structure
+        tiles = weight_NK.unflatten(0, (-1, rows)).unflatten(2, (-1, terms))
+        return tiles.transpose(1, 2).flatten(2)
+    return weight_NK.unflatten(1, (-1, weights.group_size))
