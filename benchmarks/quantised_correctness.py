@@ -35,12 +35,13 @@ BACKENDS = {
     "fp8": "triton", "fp8-channel": "triton", "fp8-tensor": "triton",
     "w4a16": "triton", "w4a16-zeros": "triton", "w4a16-channel": "marlin", "w8a16": "triton",
     "gptq": "triton", "gptq-8bit": "triton", "awq": "emulation",
-    "nvfp4": "marlin", "mxfp4": "triton",
+    "nvfp4": "marlin", "nvfp4-packed": "marlin",
+    "mxfp4": "triton", "mxfp4-by-expert": "triton",
 }  # fmt: skip
 """The backend of stock vLLM by format."""
 
 QUANTISATIONS = ("fp8", "compressed-tensors", "auto_gptq", "auto_awq", "moe_wna16",
-                 "gpt_oss_mxfp4", "modelopt_fp4")  # fmt: skip
+                 "gpt_oss_mxfp4", "mxfp4", "modelopt_fp4")  # fmt: skip
 
 
 def run_one(form: str) -> dict[str, Any]:
