@@ -4,7 +4,8 @@
     python benchmarks/everything.py --out FOLDER --only engine kernels --limit-s 560
 
 Every GPU has its share of the processor cores, so that steps which wait for the host are not held
-up by what is measured beside them. What two GPUs still have in common is the host's memory. A
+up by what is measured beside them. What two GPUs still have in common is the host's memory. A GPU
+that is named twice takes two measurements at a time, which is for those that time nothing. A
 measurement that needs a trace is left out without ``--traces``. At the end of ``--limit-s`` what
 still runs is asked to end; it has written what it has.
 """
@@ -100,7 +101,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.logs.mkdir(parents=True, exist_ok=True)
     waiting = asked_for(args)
-    outcomes = measure(waiting, args, cores_of(args.gpus, sorted(os.sched_getaffinity(0))))
+    outcomes = measure(waiting, args, places(args.gpus, sorted(os.sched_getaffinity(0))))
     for name, outcome in outcomes.items():
         print(f"{name}: {outcome}")
     return int(any(outcome != "done" for outcome in outcomes.values()))
@@ -133,12 +134,22 @@ def asked_for(args: argparse.Namespace) -> list[Measurement]:
     return [m for m in asked if args.traces or not m.needs_traces]
 
 
-def cores_of(gpus: list[int], cores: list[int]) -> dict[int, list[int]]:
-    """Split the processor cores evenly; where there are fewer than GPUs, all have all."""
+class Place(NamedTuple):
+    """Where one measurement runs at a time."""
+
+    gpu: int
+    cores: list[int]
+
+
+def places(gpus: list[int], cores: list[int]) -> list[Place]:
+    """One for each GPU that is named, with an even part of the processor cores.
+
+    Where there are fewer cores than places, all have all of them.
+    """
     each = len(cores) // len(gpus)
     if not each:
-        return dict.fromkeys(gpus, cores)
-    return {gpu: cores[i * each : (i + 1) * each] for i, gpu in enumerate(gpus)}
+        return [Place(gpu, cores) for gpu in gpus]
+    return [Place(gpu, cores[i * each : (i + 1) * each]) for i, gpu in enumerate(gpus)]
 
 
 def command_of(
@@ -165,9 +176,9 @@ def command_of(
 
 
 def measure(
-    waiting: list[Measurement], args: argparse.Namespace, cores: dict[int, list[int]]
+    waiting: list[Measurement], args: argparse.Namespace, where: list[Place]
 ) -> dict[str, str]:
-    """Run all measurements, one at a time on each GPU.
+    """Run all measurements, one at a time in each place.
 
     Returns:
         What became of each: ``done``, ``failed (STATUS)`` or ``not begun``.
@@ -178,19 +189,21 @@ def measure(
         todo.put(measurement)
     outcomes = dict.fromkeys((m.name for m in waiting), "not begun")
 
-    def work(gpu: int) -> None:
+    def work(place: Place) -> None:
         while (left := args.limit_s - (time.monotonic() - start)) > GRACE_S:
             try:
                 measurement = todo.get_nowait()
             except queue.Empty:
                 return
-            command = command_of(measurement, args, left, len(cores[gpu]))
-            status = _run(measurement.name, command, gpu, cores[gpu], args.logs, left - GRACE_S)
-            outcomes[measurement.name] = "done" if status == 0 else f"failed ({status})"
+            command = command_of(measurement, args, left, len(place.cores))
+            log = args.logs / f"{measurement.name}.log"
+            status = _run(command, place, log, left - GRACE_S)
+            outcome = "done" if status == 0 else f"failed ({status})"
+            outcomes[measurement.name] = outcome
             elapsed = time.monotonic() - start
-            print(f"[{elapsed:4.0f} s] GPU {gpu}: {measurement.name}: {outcomes[measurement.name]}")
+            print(f"[{elapsed:4.0f} s] GPU {place.gpu}: {measurement.name}: {outcome}", flush=True)
 
-    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in cores]
+    threads = [threading.Thread(target=work, args=(place,)) for place in where]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,15 +211,13 @@ def measure(
     return outcomes
 
 
-def _run(
-    name: str, command: list[str], gpu: int, cores: list[int], logs: Path, limit_s: float
-) -> int:
+def _run(command: list[str], place: Place, log: Path, limit_s: float) -> int:
     """Run a command to its end or the limit; what it has started ends with it."""
-    pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
-    with (logs / f"{name}.log").open("w") as log:
+    pinned = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *command]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place.gpu), "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as file:
         process = subprocess.Popen(
-            pinned, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            pinned, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         for number, seconds in ((signal.SIGTERM, limit_s), (signal.SIGKILL, GRACE_S)):
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import everything
 import pytest
-from everything import MEASUREMENTS, Measurement, command_of, cores_of, measure, parse
+from everything import MEASUREMENTS, Measurement, command_of, measure, parse, places
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +45,9 @@ def test_names_tell_measurements_apart():
 
 
 def test_cores_are_split_evenly():
-    assert cores_of([0, 3], [4, 5, 6, 7, 8]) == {0: [4, 5], 3: [6, 7]}
-    assert cores_of([0, 1], [4]) == {0: [4], 1: [4]}
+    assert places([0, 3], [4, 5, 6, 7, 8]) == [(0, [4, 5]), (3, [6, 7])]
+    assert places([1, 1], [4, 5]) == [(1, [4]), (1, [5])]
+    assert places([0, 1], [4]) == [(0, [4]), (1, [4])]
 
 
 def test_without_traces(capsys):
@@ -67,9 +68,9 @@ def test_measurements_run_side_by_side_until_the_limit(tmp_path, monkeypatch):
         Measurement("late", tell + "0)"),
     ]
     args.logs.mkdir()
-    cores = cores_of(args.gpus, sorted(everything.os.sched_getaffinity(0)))
+    where = places(args.gpus, sorted(everything.os.sched_getaffinity(0)))
     start = time.monotonic()
-    assert measure(waiting, args, cores) == {
+    assert measure(waiting, args, where) == {
         "first": "done",
         "second": "failed (3)",
         "endless": "failed (-15)",
