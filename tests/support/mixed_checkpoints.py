@@ -23,7 +23,16 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-from vllm_moe_offload.quantised_checkpoints import gptq, gptq_config, quantise_experts
+from vllm_moe_offload.quantised_checkpoints import (
+    awq,
+    fp8_tensor,
+    gptq,
+    gptq_config,
+    quantise_experts,
+)
+
+Store = Callable[..., Path]
+"""From a checkpoint, a folder and ``decoded`` to the checkpoint stored in a format."""
 
 Quantise = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 
@@ -98,6 +107,38 @@ def mixed_compressed(source: Path, path: Path, *, decoded: bool) -> Path:
         ).model_dump(mode="json")
 
     return _by_layer(source, path, [_compressor(s) for s in schemes], configure, decoded)
+
+
+def awq_of(group: int) -> Store:
+    """How to store a checkpoint as AWQ, which knows one group size."""
+    quantise = awq(group)
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True,
+            "version": "gemm", "modules_to_not_convert": skipped,
+        }  # fmt: skip
+
+    return lambda source, path, *, decoded: quantise_experts(
+        source, path, lambda _, weight: quantise(weight), configure, decoded=decoded
+    )
+
+
+def fp8_of(activations: str) -> Store:
+    """How to store a checkpoint as fp8 with a scale a tensor, without compressed-tensors."""
+
+    def quantise(_: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        packed, value = fp8_tensor(weight)
+        if activations == "dynamic":
+            del packed["input_scale"]
+        return packed, value
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        return {"quant_method": "fp8", "activation_scheme": activations, "ignored_layers": skipped}
+
+    return lambda source, path, *, decoded: quantise_experts(
+        source, path, quantise, configure, decoded=decoded
+    )
 
 
 def _by_layer(

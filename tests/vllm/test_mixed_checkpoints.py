@@ -1,12 +1,10 @@
 """Every group size and strategy of the formats, against stock vLLM on what the codes mean."""
 
 import pytest
-from mixed_checkpoints import COMPRESSED, GPTQ, mixed_compressed, mixed_gptq
+from mixed_checkpoints import COMPRESSED, GPTQ, awq_of, fp8_of, mixed_compressed, mixed_gptq
 from reference import PROMPTS
 from served import engine, generate, tokens
 from shares import by_share
-
-from vllm_moe_offload.quantised_checkpoints import awq, quantise_experts
 
 MAX_TOKENS = 8
 TOLERANCE = 1e-4
@@ -14,28 +12,11 @@ TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("float32_allowed", "unrounded")
 
 
-def store_awq(group):
-    """AWQ knows one group size a checkpoint."""
-    quantise = awq(group)
-
-    def store(source, path, *, decoded):
-        def configure(skipped):
-            return {
-                "quant_method": "awq", "bits": 4, "group_size": group or -1, "zero_point": True,
-                "version": "gemm", "modules_to_not_convert": skipped,
-            }  # fmt: skip
-
-        return quantise_experts(
-            source, path, lambda _, weight: quantise(weight), configure, decoded=decoded
-        )
-
-    return store
-
-
 STORED = {
     "GPTQ": (mixed_gptq, len(GPTQ)),
     "compressed-tensors": (mixed_compressed, len(COMPRESSED)),
-    **{f"AWQ, groups of {group}": (store_awq(group), 1) for group in (64, 128)},
+    **{f"AWQ, groups of {group}": (awq_of(group), 1) for group in (64, 128)},
+    **{f"fp8 by tensors, {kind}": (fp8_of(kind), 1) for kind in ("static", "dynamic")},
 }
 """How to store a checkpoint, and its layers."""
 
