@@ -79,6 +79,18 @@ def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) 
         )
 
 
+def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
+    """Bytes of the weights outside the pool; known now, since kernels may put them elsewhere."""
+    pool = {segment.rows_EB.untyped_storage().data_ptr() for segment in engine.pool.segments}
+    sizes = {
+        weight.data_ptr(): weight.nbytes  # some layers share theirs
+        for weight in model.parameters()
+        if weight.device.type == engine.device.type
+        and weight.untyped_storage().data_ptr() not in pool
+    }
+    return sum(sizes.values())
+
+
 def _create_model(
     original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
 ) -> Any:
@@ -100,6 +112,7 @@ def _create_model(
         )
     if engine.config.predictor == "gate":
         engine.routers = find_routers(model, engine.specs)
+    engine.dense_bytes = _dense_bytes(model, engine)
     _choose_memory(engine, vllm_config, is_served=model_config is vllm_config.model_config)
     budget = engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.

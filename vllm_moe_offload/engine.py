@@ -92,6 +92,8 @@ class OffloadEngine:
         """Whether the slots are borrowed from the KV cache's buffer; set before ``plan``."""
         self.not_shared: str | None = None
         """Why they are not, if they were to be."""
+        self.dense_bytes = 0
+        """Weights of the model on the device, for the log."""
         self.borrower: Borrower | None = None
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
         self._seconds_of_L: list[float] = []

@@ -147,3 +147,20 @@ def test_a_draft_model_does_not_borrow(reason):
     load(loader, {}, draft=True)
     assert not loader.engine.borrows
     assert "draft" in loader.engine.not_shared
+
+
+def test_dense_weights_are_those_outside_the_pool_and_counted_once():
+    loader = make_loader()
+    load(loader, {})
+    rows_EB = loader.engine.pool.segments[1].rows_EB
+    tied = torch.nn.Parameter(torch.zeros(10, 4))
+    weights = [
+        tied,
+        torch.nn.Parameter(tied.data.view(4, 10)),
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.nn.Parameter(rows_EB[:, 64:128].view(torch.float32)),
+        torch.nn.Parameter(torch.zeros(99, device="meta")),
+    ]
+    found = model_loader._dense_bytes(torch.nn.ParameterList(weights), loader.engine)
+    assert found == 4 * (40 + 3)
+    assert loader.engine.dense_bytes == 0, "the model has no weights but those of its experts"
