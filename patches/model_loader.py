@@ -72,11 +72,26 @@ def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) 
     engine.not_shared = why_not_shared(vllm_config) if is_served else "it is that of a draft model"
     engine.borrows = engine.not_shared is None
     if not engine.borrows:
+        engine.spare_bytes = _spare_bytes(vllm_config.cache_config, engine.device)
         logger.info(
             "moe-offload: the KV cache is not shared with experts, because %s. The split is made "
-            "now: a quarter of the experts is held in slots; gpu_gb gives another size.",
+            "now: a quarter of the experts is held in slots, or as many as half of the memory that "
+            "is left holds; gpu_gb gives another size.",
             engine.not_shared,
         )
+
+
+def _spare_bytes(cache_config: Any, device: torch.device) -> int | None:
+    """Half of what vLLM may still take of a GPU; the rest is for the KV cache and for steps.
+
+    The dense weights have their memory by now.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    asked = cache_config.kv_cache_memory_bytes
+    kept = asked if asked else int((1 - cache_config.gpu_memory_utilization) * total)
+    return max(0, free - kept) // 2
 
 
 def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
