@@ -1,5 +1,7 @@
 """What the policy measures and how it decides, one cause at a time."""
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_moe_offload.lending.boundary import Boundary
@@ -86,6 +88,27 @@ def test_gives_back_what_the_prefix_cache_has_lost_and_waits():
     assert policy.decide(standing(45)) == 45
     policy.step(REGRET_S, 1)
     assert policy.decide(standing(45)) == MOST
+
+
+@pytest.mark.parametrize("back", [3, 5, 50])
+def test_what_it_gives_back_takes_as_many_steps_as_it_needs(back):
+    """A step may be longer than the interval, and a lender returns only a few in one."""
+    policy = policy_after(20, lost_tokens=5000, depth=10 * back)
+    policy._boundary = replace(BOUNDARY, least_increments=0)
+    wish = policy.decide(standing(50))
+    assert wish == 50 - back
+    for lent in range(49, wish, -2):
+        policy.step(INTERVAL_S * 2, 1)
+        assert policy.decide(standing(lent)) == wish
+    policy.step(INTERVAL_S * 2, 1)
+    assert policy.decide(standing(wish)) == wish
+
+
+def test_what_requests_took_back_meanwhile_counts():
+    policy = policy_after(20, lost_tokens=5000, depth=45)
+    assert policy.decide(standing(50)) == 45
+    policy.took_back()
+    assert policy.decide(standing(48)) == 48
 
 
 def test_slots_that_save_more_stay():

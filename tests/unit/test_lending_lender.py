@@ -7,7 +7,7 @@ import pytest
 from vllm_moe_offload.lending import lender as module
 from vllm_moe_offload.lending.boundary import Boundary
 from vllm_moe_offload.lending.controller import FixedPolicy, Standing
-from vllm_moe_offload.lending.lender import Lender
+from vllm_moe_offload.lending.lender import REACH, Lender
 from vllm_moe_offload.lending.orders import Order, Report
 
 PAGE = 4096
@@ -121,6 +121,27 @@ def test_waits_for_a_block_in_use(pool, monkeypatch):
     lender.step_begins()
     assert lender.step_scheduled() == Order(1, 3)
     lender.book.file(Report(1, 3))
+
+
+def test_what_lies_far_below_a_block_in_use_stays_vllms(pool, monkeypatch):
+    """The prefix cache would lose it for nothing."""
+    lender = lender_of(pool, FixedPolicy(20), monkeypatch, taken=10)
+    pool.free.discard(BOUNDARY.num_blocks - 1)
+    for _ in range(9):
+        lender.step_begins()
+    assert len(lender.ledger.held) == REACH * 10 - 1
+    assert lender.ledger.held == set(BOUNDARY.blocks(0, 5)) - {BOUNDARY.num_blocks - 1}
+    pool.free.add(BOUNDARY.num_blocks - 1)
+    for _ in range(9):
+        lender.step_begins()
+    assert lender.ledger.lent == 20
+
+
+def test_a_step_that_may_take_less_than_an_increment_still_lends(pool, monkeypatch):
+    lender = lender_of(pool, FixedPolicy(20), monkeypatch, taken=1)
+    for _ in range(80):
+        lender.step_begins()
+    assert lender.ledger.lent == 20
 
 
 def test_a_smaller_wish_gives_back_a_little_a_step(pool, monkeypatch):

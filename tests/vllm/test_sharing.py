@@ -16,6 +16,7 @@ import killed
 import pytest
 import sharing
 from cpu_settings import env, llm_kwargs
+from safetensors.torch import load_file
 from served import engine, offloaded
 from sharing import check, core_of, poisoned_moves, prompts, serve, worker_of
 
@@ -46,6 +47,15 @@ def layers_side_by_side():
         yield
 
 
+def bytes_outside_experts(path):
+    """Of a checkpoint's tensors, all of which are served in 32 bits."""
+    tensors = (load_file(file) for file in path.glob("*.safetensors"))
+    return sum(
+        4 * tensor.numel()
+        for file in tensors for name, tensor in file.items() if ".experts." not in name
+    )  # fmt: skip
+
+
 def settings(**options):
     return {**SIZES, **offloaded(**options)}
 
@@ -74,6 +84,9 @@ def answers_of_an_arena(path):
         (offload,) = worker_of(llm).moe_offload_engines
         assert "CPU_ATTN keeps the layers of a block apart" in offload.not_shared
         assert offload.budget.slots == (SHAPE["num_experts"] // 4,) * SHAPE["num_layers"]
+        share = worker_of(llm).moe_offload_share()
+        assert share.dense_bytes == bytes_outside_experts(path)
+        assert share.slots == sum(offload.budget.slots)
         return serve(llm, PROMPTS, TOKENS)
 
 

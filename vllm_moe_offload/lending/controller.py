@@ -238,7 +238,7 @@ class AutoPolicy:
         self._prompts = PromptCost()
         self._peaks: deque[tuple[float, int]] = deque()
         self._granted_blocks = 0
-        self._wish = 0
+        self._wish: int | None = None
 
     def step(self, seconds: float, tokens: int) -> None:
         """See ``Policy``."""
@@ -262,16 +262,18 @@ class AutoPolicy:
     def took_back(self) -> None:
         """See ``Policy``."""
         self._lend_at = max(self._lend_at, self._now + REST_S)
-        self._wish = 0
+        self._wish = None
 
     def decide(self, standing: Standing) -> int:
         """See ``Policy``."""
-        most = self._most(standing)
-        if self._now < self._decide_at:
-            return min(self._wish, most) if self._wish else standing.lent
-        self._decide_at = self._now + INTERVAL_S
-        self._wish = self._weigh(standing, most)
-        return self._wish
+        most, least = self._most(standing), self._boundary.min_increments
+        if self._wish is not None and standing.lent > max(self._wish, least):
+            return self._wish  # a step gives back no more than a few
+        if self._now >= self._decide_at:
+            self._decide_at = self._now + INTERVAL_S
+            self._wish = self._weigh(standing, most)
+            return self._wish
+        return standing.lent if self._wish is None else min(self._wish, most)
 
     def _weigh(self, standing: Standing, most: int) -> int:
         lent = standing.lent
