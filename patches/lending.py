@@ -76,6 +76,7 @@ def describe(share: Share, lent: int, cache_config: Any) -> str:
         cache_config: vLLM's, which knows its blocks.
     """
     total = f"{format_size(share.total_bytes)} for vLLM on the GPU, " if share.total_bytes else ""
+    dense = f"{format_size(share.dense_bytes)} dense weights, " if share.dense_bytes else ""
     boundary, blocks = share.boundary, cache_config.num_gpu_blocks
     if boundary is None:
         slots, first = share.slots, blocks
@@ -86,6 +87,6 @@ def describe(share: Share, lent: int, cache_config: Any) -> str:
         lent_bytes = format_size(lent * boundary.increment_bytes)
         why = f"boundary at block {first} of {blocks}, never below {lowest}; {lent_bytes} are lent"
     return (
-        f"{total}{format_size(share.dense_bytes)} dense weights, slots for {slots} of "
-        f"{share.experts} experts, KV cache of {first * cache_config.block_size} tokens, {why}"
+        f"{total}{dense}slots for {slots} of {share.experts} experts, "
+        f"KV cache of {first * cache_config.block_size} tokens, {why}"
     )

@@ -1,5 +1,6 @@
 """A worker's half around vLLM's objects: buffer, boundary, reports, and the line at the start."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +196,8 @@ def test_line_at_the_start():
         "24 GiB for vLLM on the GPU, 3 GiB dense weights, slots for 8 of 12 experts, KV cache of "
         "1472 tokens, boundary at block 92 of 100, never below 88; 64 KiB are lent"
     )
+    line = lending.describe(replace(share(None), total_bytes=0, dense_bytes=0), 0, cache)
+    assert line == "slots for 3 of 12 experts, KV cache of 1600 tokens, not shared"
     line = lending.describe(share(None, "it is a test"), 0, cache)
     assert line.endswith(
         "slots for 3 of 12 experts, KV cache of 1600 tokens, not shared: it is a test"

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,11 @@ def test_tables(capsys, moe):
     assert max(len(line) for line in text.splitlines() if "vllm serve" not in line) < 110
 
 
+def test_rows_that_are_smaller_than_what_is_stored(capsys, moe):
+    assert "vLLM serves F32 in 16 bits" in plan(capsys, moe)
+    assert "16 bits" not in plan(capsys, moe, "--dtype", "float32")
+
+
 def test_what_the_default_size_of_the_slots_does(capsys, moe):
     answer = plan_json(capsys, moe)
     assert answer["automatic"]["slots_per_layer"] == 4
@@ -195,4 +201,19 @@ def test_bad_arguments(capsys, moe, arguments):
     with pytest.raises(SystemExit) as status:
         cli.main(["plan", str(moe), *arguments])
     assert status.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert arguments[0] in error
+    assert " _" not in error, "names of functions mean nothing to a user"
+
+
+def test_longer_than_the_model_allows(capsys, moe, tmp_path):
+    assert plan_json(capsys, moe, "--max-model-len", "4096")["fits"]
+    assert cli.main(["plan", str(moe), "--max-model-len", "4097"]) == 2
+    error = capsys.readouterr().err
+    assert "--max-model-len = 4097: the model has 4096 positions" in error
+
+    stretched = shutil.copytree(moe, tmp_path / "stretched")
+    config = json.loads((moe / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    (stretched / "config.json").write_text(json.dumps(config))
+    assert plan_json(capsys, stretched, "--max-model-len", "9000")["fits"]

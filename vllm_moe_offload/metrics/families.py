@@ -29,8 +29,8 @@ _LAYER_COUNTERS: dict[str, tuple[str, Callable[[LayerCounts], float]]] = {
         lambda layer: layer.foreseeable,
     ),
     "stall_seconds": (
-        "How long steps stood still for experts, at most: the transfer seconds of demand and waves, "
-        "as if computation had hidden none of them.",
+        "How long steps stood still for experts, at most: the transfer seconds of demand and "
+        "waves, as if computation had hidden none of them.",
         lambda layer: layer.stall_seconds,
     ),
 }
