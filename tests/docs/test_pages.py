@@ -177,6 +177,28 @@ def test_results_are_those_of_the_file():
             assert_shown(prefill, waits, ".3g")
 
 
+def test_what_the_readme_claims_in_its_first_lines():
+    claim = " ".join((ROOT / "README.md").read_text().partition("\n## ")[0].split())
+    replayed = [
+        seconds(rows, f"cpu-offload {share}", case) / seconds(rows, f"adaptive {share}", case)
+        for rows in map(rows_of, ("prediction-qwen3.json", "prediction-deepseek.json"))
+        for share in (0.25, 0.5)
+        for case in (f"decode {batch}" for batch in BATCHES)
+    ]
+    assert f"{min(replayed):.1f} to {max(replayed):.0f} times as fast with recorded" in claim
+    rows = rows_of("growth.json")
+    ratio = {
+        (case, share): seconds(rows, f"cpu-offload {share}", case)
+        / seconds(rows, f"plugin {share}", case)
+        for share in (0.25, 0.5)
+        for case in ("prefill 8192", "prefill 32768", *(f"decode {n}" for n in BATCHES))
+    }
+    prompts = [value for (case, _), value in ratio.items() if case.startswith("prefill")]
+    assert {f"long prompts are {value:.0f} times as fast" in claim for value in prompts} == {True}
+    assert min(value for (case, _), value in ratio.items() if case.startswith("decode")) >= 1 - 0.03
+    assert "as fast within 3 %" in claim
+
+
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss", "granite_moe")
 
 
