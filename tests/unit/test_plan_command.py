@@ -6,12 +6,14 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.checkpoints import make_checkpoint
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.plan import command
 from vllm_moe_offload.plan.planner import GPU_UTILISATION
 from vllm_moe_offload.sizes import GIB, format_size
 
@@ -126,6 +128,11 @@ def test_what_the_default_size_of_the_slots_does(capsys, moe):
     small = plan(capsys, moe, "--gpu-gb", "1.6", "--concurrency", "40")
     assert f"{with_auto}{size} in all, for which " in small
     assert " are lacking." in small
+
+
+def test_predictors_are_those_of_the_option():
+    names = get_args(MoeOffloadConfig.model_fields["predictor"].annotation)
+    assert names == command._PREDICTORS, "named twice, as plan does without the options' imports"
 
 
 def test_tables_of_a_predictor(capsys, moe):
