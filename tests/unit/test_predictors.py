@@ -57,7 +57,7 @@ def learn(predictor, trace):
 
 
 def coverage(predictor, trace, count, every=1):
-    """Share of the routed experts among ``count`` guesses in each so-manieth step, learning on."""
+    """Share of the routed experts among ``count`` guesses, asked each ``every``-th step."""
     found = routed = 0
     x_TH = torch.empty(1, 0)
     for step in steps_of(trace):
