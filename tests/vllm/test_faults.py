@@ -299,8 +299,10 @@ def test_killed_server(start, place):
         assert len(server.processes()) >= 4, "API server, engine and two workers"
         os.kill(server.process.pid, signal.SIGKILL)
     assert_gone(server, place)
-    # Requests are cut off and the engine ends as for a signal: what is killed leaves its memory.
-    assert {name for name in memory if Path(name).exists()} == set()
+    # The engine ends as for a signal. It kills workers that take seconds to end, and then buffers
+    # of vLLM's CPU communicator stay, which nobody pins.
+    left = {name for name in memory if Path(name).exists()}
+    assert {name for name in left if "-cpushm_" not in name} == set()
     assert len(folders(place)) == 1, "there was nobody left to remove it"
 
 
