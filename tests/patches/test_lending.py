@@ -316,6 +316,21 @@ def test_the_longest_sequence_fits_beside_all_that_can_be_lent(checkpoint, water
     assert sorted(watched.server.finished) == sorted(watched.added)
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.0, 19), (1.0, 0)])
+def test_extremes_of_the_floor(config, share, most):
+    floor = floor_blocks(NUM_BLOCKS, MAX_LEN // scheduling.BLOCK_SIZE, share)
+    boundary = replace(BOUNDARY, floor_blocks=floor)
+    watched = Watched(config(True), AutoPolicy(boundary), boundary=boundary)
+    worker, lender = watched.server.worker, watched.lending.lender
+    if order := lender.opens():
+        worker._follow(order)
+        lender.book.file(worker.report())
+    assert watched.ledger.lent == boundary.max_increments == most
+    for word in range(1, 9):
+        watched.add([word] * 30, 30)
+    watched.drain()
+
+
 def test_the_prefix_cache_can_be_reset_while_blocks_are_lent(lent):
     assert not lent.scheduler.reset_prefix_cache()
     lent.drain()

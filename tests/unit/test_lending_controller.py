@@ -104,10 +104,10 @@ def test_what_it_gives_back_takes_as_many_steps_as_it_needs(back):
     assert policy.decide(standing(wish)) == wish
 
 
-def test_what_requests_took_back_meanwhile_counts():
+def test_what_requests_lack_meanwhile_counts():
     policy = policy_after(20, lost_tokens=5000, depth=45)
     assert policy.decide(standing(50)) == 45
-    policy.took_back()
+    policy.lacked()
     assert policy.decide(standing(48)) == 48
 
 
@@ -121,10 +121,20 @@ def test_keeps_the_least():
     assert policy.decide(standing(5)) == BOUNDARY.min_increments == 3
 
 
-def test_rests_after_requests_took_blocks_back():
+def test_nothing_is_lent_while_a_request_waits():
+    policy = AutoPolicy(BOUNDARY)
+    for _ in range(10):
+        policy.lacked()
+        assert policy.decide(standing(3)) == 3
+        policy.step(REST_S / 2, 1)
+    policy.step(REST_S, 1)
+    assert policy.decide(standing(3)) == MOST
+
+
+def test_rests_after_requests_lacked_blocks():
     policy = AutoPolicy(BOUNDARY)
     assert policy.decide(standing(0)) == MOST
-    policy.took_back()
+    policy.lacked()
     assert policy.decide(standing(40)) == 40
     policy.step(REST_S / 2, 1)
     assert policy.decide(standing(40)) == 40
@@ -148,7 +158,7 @@ def test_fixed_split():
     policy.step(1.0, 1)
     policy.missed(1, 1.0)
     policy.looked_up(1, 1, 1)
-    policy.took_back()
+    policy.lacked()
     assert policy.decide(standing(0)) == 7
     assert not policy.gives_way
 

@@ -43,10 +43,10 @@ class Yielding(FixedPolicy):
 
     def __init__(self, increments: int) -> None:
         super().__init__(increments)
-        self.taken_back = 0
+        self.lacks = 0
 
-    def took_back(self) -> None:
-        self.taken_back += 1
+    def lacked(self) -> None:
+        self.lacks += 1
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_takes_back_what_a_waiting_request_needs_over_some_steps(pool, monkeypat
             assert lender.make_room(running=False)
         assert not lender.make_room(running=False)
         assert lender.ledger.lent == expected
-    assert policy.taken_back == 6
+    assert policy.lacks == 8
     assert lender.step_scheduled() == Order(2, 14)
 
 
@@ -95,6 +95,15 @@ def test_a_running_request_gets_all_but_the_least(pool, monkeypatch):
         pass
     assert lender.ledger.lent == BOUNDARY.min_increments == 2
     assert len(pool.free) == 100 - 8
+
+
+def test_the_policy_hears_of_a_request_that_there_is_nothing_for(pool, monkeypatch):
+    """It would lend again what the request waits for, and the prefix cache would lose that."""
+    policy = Yielding(BOUNDARY.min_increments)
+    lender = lender_of(pool, policy, monkeypatch)
+    lender.step_begins()
+    assert not lender.make_room(running=False)
+    assert policy.lacks == 1
 
 
 def test_held_blocks_come_back_first_and_cost_nobody_a_slot(pool, monkeypatch):

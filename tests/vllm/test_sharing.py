@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import killed
 import pytest
@@ -80,7 +81,13 @@ def fixed_answers(path):
 @pytest.fixture(scope="module")
 def answers_of_an_arena(path):
     """Without any option, in the layout that the backend names: split once, with the reason."""
-    with engine(path, "qwen3_moe", **settings()) as llm:
+    with (
+        mock.patch.object(lending.logger, "info") as info,
+        engine(path, "qwen3_moe", **settings()) as llm,
+    ):
+        said = [call.args[0] % call.args[1:] for call in info.call_args_list]
+        (line,) = [line for line in said if "dense weights" in line]
+        assert "slots for 16 of 64 experts, KV cache of 4096 tokens, not shared: " in line
         (offload,) = worker_of(llm).moe_offload_engines
         assert "CPU_ATTN keeps the layers of a block apart" in offload.not_shared
         assert offload.budget.slots == (SHAPE["num_experts"] // 4,) * SHAPE["num_layers"]

@@ -35,7 +35,7 @@ PEAK_S = 1.0
 """Busy seconds for which the requests' largest use of blocks is kept free for them."""
 
 REST_S = 0.5
-"""Busy seconds without lending after requests have taken blocks back."""
+"""Busy seconds without lending after a request has lacked blocks."""
 
 ADVANTAGE = 1.25
 """A move must save so many times what it costs."""
@@ -185,8 +185,8 @@ class Policy(Protocol):
         ``depth`` is the number of blocks that would have kept the latter.
         """
 
-    def took_back(self) -> None:
-        """Note that requests needed blocks that were lent."""
+    def lacked(self) -> None:
+        """Note that a request lacks blocks, whether or not there are any to give back."""
 
 
 class FixedPolicy:
@@ -214,7 +214,7 @@ class FixedPolicy:
     def looked_up(self, hit_tokens: int, lost_tokens: int, depth: int) -> None:
         """See ``Policy``."""
 
-    def took_back(self) -> None:
+    def lacked(self) -> None:
         """See ``Policy``."""
 
 
@@ -259,7 +259,7 @@ class AutoPolicy:
             self._lost.add(self._now, lost_tokens)
             self._depths.add(self._now, lost_tokens * (depth - self._granted_blocks))
 
-    def took_back(self) -> None:
+    def lacked(self) -> None:
         """See ``Policy``."""
         self._lend_at = max(self._lend_at, self._now + REST_S)
         self._wish = None

@@ -117,12 +117,12 @@ class Lender:
         """
         if not self._policy.gives_way:
             return False
+        self._policy.lacked()
         held = bool(self.ledger.held)
         at_least = self.ledger.lent <= self._least
         exhausted = not running and self._back >= self._back_a_step
         if not held and (at_least or exhausted):
             return False
-        self._policy.took_back()
         self._recall(self.ledger.lent - (0 if held else 1))
         return True
 
