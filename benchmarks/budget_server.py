@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from timed_server import Talk
 
 SAMPLE_S = 0.2
 """Seconds between two points of the plot."""
+
+IDLE_REQUESTS = 8
+"""Short requests during which all is lent; one may hold a block that is in the way."""
 
 Row = dict[str, Any]
 
@@ -42,7 +45,7 @@ class PhasedServer(Server):
             for _ in range(self._size["turns"]):
                 conversation += self._text(self._size["question"])
                 ((wait, answer),) = self._serve([(conversation, self._size["answer"])])
-                row["longest_wait_s"] = max(row["longest_wait_s"], wait)
+                row["waits_s"].append(wait)
                 conversation = conversation + answer
         return row
 
@@ -68,31 +71,28 @@ class PhasedServer(Server):
         assert self.llm.reset_prefix_cache()
 
     def recall(self) -> Row:
-        """From an idle server to one whose whole KV cache is vLLM's, by one step after another."""
+        """From an idle server, all lent, to one whose whole KV cache is vLLM's, step by step."""
         lending, borrower = self._core.scheduler.moe_offload_lending, self._borrower
-        lender, moves = lending.lender, []
-        follow = borrower.follow
-
-        def timed(order: Any) -> None:
-            self.synchronize()
-            start = time.perf_counter()
-            follow(order)
-            self.synchronize()
-            moves.append(time.perf_counter() - start)
-
+        lender, boundary = lending.lender, lending.lender.boundary
+        decisions = _timed(lender, "step_begins", lambda: None)
+        lender._policy.decide = lambda _: boundary.max_increments
+        for _ in range(IDLE_REQUESTS):
+            self._serve([(self._text(8), 8)])
         lent = lender.ledger.lent
+        moves = _timed(borrower, "follow", self.synchronize)
         lender._policy.decide = lambda _: 0
-        borrower.follow = timed
         start = time.perf_counter()
-        self.add(self._text(8), 64)
-        while lender.book.confirmed.increments > lender.boundary.min_increments:
+        self.add(self._text(8), self._size["recall"])
+        while lender.book.confirmed.increments > boundary.min_increments:
+            assert self._engine.has_unfinished_requests(), "the cache was not vLLM's by then"
             self.step()
         seconds = time.perf_counter() - start
         self.finish()
         return {
-            "case": "recall", "seconds": seconds, "increments": lent, "moves": len(moves),
-            "bytes": lent * lender.boundary.increment_bytes,
-            "longest_move_s": max(moves, default=0.0),
+            "case": "recall", "seconds": seconds, "increments": lent,
+            "most_increments": boundary.max_increments, "moves": len(moves),
+            "bytes": (lent - boundary.min_increments) * boundary.increment_bytes,
+            "longest_move_s": max(moves, default=0.0), "longest_decision_s": max(decisions),
         }  # fmt: skip
 
     @property
@@ -103,15 +103,15 @@ class PhasedServer(Server):
     def _borrower(self) -> Any:
         return self.offload_engine().borrower
 
-    def _phase_of(self, name: str, asked: Iterable[tuple[list[int], int]]) -> Row:
+    def _phase_of(self, name: str, asked: Sequence[tuple[list[int], int]]) -> Row:
         with self._phase(name) as row:
-            row["longest_wait_s"] = max(wait for wait, _ in self._serve(asked))
+            row["waits_s"] += [wait for wait, _ in self._serve(asked)]
         return row
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[Row]:
         self._name = name
-        row: Row = {"case": "phase", "phase": name, "longest_wait_s": 0.0}
+        row: Row = {"case": "phase", "phase": name, "waits_s": []}
         before, generated = self.stats(), self._generated
         start = time.perf_counter()
         yield row
@@ -121,7 +121,7 @@ class PhasedServer(Server):
         row["slots_at_the_end"] = self._borrower.increments
         row |= moved(before, self.stats(), 1)
 
-    def _serve(self, asked: Iterable[tuple[list[int], int]]) -> list[tuple[float, list[int]]]:
+    def _serve(self, asked: Sequence[tuple[list[int], int]]) -> list[tuple[float, list[int]]]:
         """Serve requests at once; each one's wait for its first token, and its answer."""
         start = time.perf_counter()
         waits: dict[str, float] = {}
@@ -139,6 +139,8 @@ class PhasedServer(Server):
                 self._generated += len(tokens) - known
             self._sample()
         names = [str(number) for number in range(first, self._requests + 1)]
+        lengths = [len(answers.get(name, ())) for name in names]
+        assert lengths == [answer for _, answer in asked], "a request failed"
         return [(waits[name], answers[name]) for name in names]
 
     def _sample(self) -> None:
@@ -168,6 +170,22 @@ class PhasedServer(Server):
         return [(step * i + 7919 * self._words) % self._vocabulary for i in range(length)]
 
 
+def _timed(owner: Any, name: str, synchronize: Callable[[], None]) -> list[float]:
+    """Note from now on what each call of a method takes."""
+    method, seconds = getattr(owner, name), []
+
+    def timed(*args: Any) -> Any:
+        synchronize()
+        start = time.perf_counter()
+        result = method(*args)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, timed)
+    return seconds
+
+
 def live_through_phases(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Time every phase, then what it takes to hand everything back."""
     allow_layouts()
@@ -184,7 +202,7 @@ def live_through_phases(job: dict[str, Any], folder: Path, talk: Talk) -> None:
         ("chat again", server.chat),
     ):
         talk.note(phase(name))
-    talk.note({"case": "samples", "samples": server.samples})
+    talk.note({"case": "samples", "samples": list(server.samples)})
     if job["settings"]["moe_offload"]["kv_policy"] == "auto":
         talk.note(server.recall())
         server.offload_engine().check_integrity()

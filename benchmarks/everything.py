@@ -66,7 +66,7 @@ MEASUREMENTS = (
         RUN + f" --suite prediction --trace {{traces}}/{CHAT} --shape qwen3-30b-a3b-16-top6"
         " --together 3 --minutes {minutes} --out {out}/prediction-qwen3.json",
     ),
-    Measurement("quant", RUN + " --suite quant --together 2 --out {out}/quant.json"),
+    Measurement("quant", RUN + " --suite quant --together 9 --out {out}/quant.json"),
     Measurement("budget", RUN + " --suite budget --together 4 --out {out}/budget.json"),
     Measurement(
         "peers",

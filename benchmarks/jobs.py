@@ -1,6 +1,7 @@
 """Run jobs, each in a process of its own: as many get ready together as fit, one is measured."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,7 @@ def run_all(
 
 
 class Memory:
-    """Bytes of the GPU and of the host that the servers of a round may take together.
+    """Bytes of each GPU and of the host that the servers of a round may take together.
 
     ``servers`` is how many they may be; pinned memory of many takes some of the bus from each.
     """
@@ -86,19 +87,23 @@ class Memory:
 def rounds(jobs: Sequence[Job], memory: Memory) -> list[list[Job]]:
     """Put every job into the first round that has room for it; one that is too large runs alone."""
     found: list[list[Job]] = []
-    left: list[list[int]] = []
+    left: list[dict[Any, int]] = []
     for job in jobs:
         device, host = needs(job)
+        gpu = job.get("gpu", 0)
         fits = (
             n for n, room in enumerate(left)
-            if device <= room[0] and host <= room[1] and len(found[n]) < memory.servers
+            if device <= room.get(gpu, memory.device) and host <= room["host"]
+            and len(found[n]) < memory.servers
         )  # fmt: skip
         number = next(fits, len(found))
         if number == len(found):
             found.append([])
-            left.append([memory.device, memory.host])
+            left.append({"host": memory.host})
         found[number].append(job)
-        left[number] = [left[number][0] - device, left[number][1] - host]
+        room = left[number]
+        room[gpu] = room.get(gpu, memory.device) - device
+        room["host"] -= host
     return found
 
 
@@ -111,6 +116,15 @@ def needs(job: Job) -> tuple[int, int]:
         return experts // SHAPES[job["shape"]].moe_layers + GIB, GIB
     host = {"resident": 0.0, "cpu-offload": 1.0 - job["share"], "plugin": 1.0}[job["server"]]
     return int(job["share"] * experts) + SERVER_BYTES, int(host * experts) + 4 * GIB
+
+
+def _seeing(gpu: int | None) -> dict[str, str] | None:
+    """The environment in which there is one GPU, None for the one of this process."""
+    if gpu is None:
+        return None
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = names.split(",")[gpu] if names else str(gpu)
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": name}
 
 
 class _Process:
@@ -126,6 +140,7 @@ class _Process:
             self._process = subprocess.Popen(
                 [sys.executable, SCRIPT, "--out", str(self._out), "--ready", str(self._ready)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True,
+                env=_seeing(job.get("gpu")),
             )  # fmt: skip
 
     def start(self) -> None:

@@ -9,7 +9,7 @@ its default compilation and CUDA graphs, against the table of targets. ``growth`
 with the batch, the prompt and the share of experts without a slot. ``shapes``: other models.
 ``trace``: a recorded trace replayed by the engine and by the simulator, hit for hit.
 ``prediction``: policies and predictors on replayed routing, against stock vLLM. ``quant``:
-quantised experts beside stock vLLM's backends; ``--only`` names its shapes. ``budget``: experts
+quantised experts beside stock vLLM's backends; ``--only`` names shapes too. ``budget``: experts
 and KV cache in one budget, against splits that are made once. Every
 configuration is a process of its own, alone at work while it is measured: everything resident,
 vLLM's ``--cpu-offload-gb``, and the plugin with several shares in slots. Several suites at once
@@ -75,11 +75,20 @@ def main() -> int:
 def quantised(args: argparse.Namespace) -> int:
     """Measure the suite of quantised experts, which has shapes and judges of its own."""
     import quant
+    import torch
     from machine import provenance
 
-    names = args.only or quant.real_shapes()
-    origin = provenance(args.commit)
-    result = quant.measure(args.out, names, args.option, origin, together=args.together)
+    gpus = max(1, torch.cuda.device_count())
+    names = quant.names(tiny=args.shape == "tiny")
+    asked = [job for number, name in enumerate(names)
+             for job in quant.quant(name, args.option, number % gpus)]  # fmt: skip
+    if args.list:
+        print(*quant.configurations(asked), sep="\n")
+        return 0
+    result = quant.measure(
+        args.out, quant.only(asked, args.only), provenance(args.commit),
+        together=args.together, fresh=not args.only,
+    )  # fmt: skip
     report.show(result)
     failed = [v for v in result["targets"] if v["passed"] is False]
     return 1 if failed or report.failures(result["processes"]) else 0

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ class Talk:
 
 def time_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Time decode steps and prompts under uniform routing."""
+    server, strategy = started(job, folder, talk)
+    talk.wait_for_turn()
+    for row in measured(server, strategy, job):
+        talk.note(row)
+
+
+def started(
+    job: dict[str, Any], folder: Path, talk: Talk
+) -> tuple[Server, routing.UniformOverSome]:
+    """A server with dummy weights, and what routes its tokens."""
     strategy = routing.UniformOverSome()
     routing.register(strategy)
     filled = fill_dummies_quickly()
@@ -73,7 +83,13 @@ def time_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     server = Server(folder, SHAPES[job["shape"]], job)
     assert filled or job["server"] != "plugin", "dummy weights were drawn slowly"
     talk.note({"case": "start", "seconds": time.perf_counter() - start})
-    talk.wait_for_turn()
+    return server, strategy
+
+
+def measured(
+    server: Server, strategy: routing.UniformOverSome, job: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rows of everything that a job asks for."""
     # Fills the slots that are empty, so that 100 % in slots means just that from here on.
     server.prefill(job["settings"]["max_num_batched_tokens"], repeats=1, warm_up=0)
     confined = None
@@ -88,7 +104,7 @@ def time_server(job: dict[str, Any], folder: Path, talk: Talk) -> None:
             row = quickest(lambda p=plan, o=options: server.decode(p["batch"], p["steps"], **o))
         else:
             row = server.prefill(plan["tokens"], plan["repeats"], **options)
-        talk.note({**row, "confined": confined} if confined else row)
+        yield {**row, "confined": confined} if confined else row
     if job["server"] == "plugin" and job["share"] <= 0.25:  # it reads back all slots
         server.offload_engine().check_integrity()
 

@@ -18,6 +18,7 @@ from vllm_moe_offload.patches.wrapping import PatchError
 SEAMS = {
     "engine_args": "vllm.engine.arg_utils",
     "compile_cache": "vllm.config.vllm",
+    "quantization": "vllm.config.vllm",
     "routed_experts": "vllm.model_executor.layers.fused_moe.routed_experts",
     "moe_runner": "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "model_loader": "vllm.model_executor.model_loader.base_loader",

@@ -19,7 +19,8 @@ Can go: when vLLM can resize its pool.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,9 @@ from vllm_moe_offload.lending.lender import window
 from vllm_moe_offload.patches.wrapping import wrap
 
 _GHOSTS = "moe_offload_ghosts"
+
+_SEEN = 8
+"""Free blocks that are looked at for each that is taken: all of them may be a hundred thousand."""
 
 
 def apply(module: ModuleType) -> None:
@@ -41,16 +45,23 @@ def apply(module: ModuleType) -> None:
 def _get_new_blocks(original: Callable[..., Any], self: Any, num_blocks: int) -> Any:
     if hasattr(self, _GHOSTS) and 0 < num_blocks <= self.get_num_free_blocks():
         queue = self.free_block_queue
-        coldest: list[Any] = []
-        block = queue.fake_free_list_head.next_free_block
-        while block is not queue.fake_free_list_tail and len(coldest) < window(num_blocks):
-            coldest.append(block)
-            block = block.next_free_block
+        coldest = _first(self, window(num_blocks))
         chosen = heapq.nsmallest(num_blocks, coldest, key=lambda block: block.block_id)
         for block in chosen:
             queue.remove(block)
         queue.prepend_n(chosen)
     return original(self, num_blocks)
+
+
+def _first(pool: Any, limit: int) -> Iterator[Any]:
+    """The coldest free blocks, so many at most; the queue must not change meanwhile."""
+    queue = pool.free_block_queue
+    block = queue.fake_free_list_head.next_free_block
+    for _ in range(limit):
+        if block is queue.fake_free_list_tail:
+            return
+        yield block
+        block = block.next_free_block
 
 
 def _maybe_evict_cached_block(original: Callable[..., bool], self: Any, block: Any) -> bool:
@@ -81,14 +92,19 @@ class VllmPool:
         setattr(pool, _GHOSTS, ghosts)
 
     def free_among(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Up to ``limit`` of the ids that no request holds, the coldest of them first."""
+        """Up to ``limit`` of the ids that no request holds, the coldest of them first.
+
+        Those that are not among the coldest of all come in the order given.
+        """
         blocks = self._pool.blocks
         free = [id_ for id_ in ids if blocks[id_].ref_cnt == 0]
         if len(free) <= limit:
             return free
         wanted = set(free)
-        queue = (block.block_id for block in self._pool.free_block_queue.get_all_free_blocks())
-        return [id_ for id_ in queue if id_ in wanted][:limit]
+        coldest = (block.block_id for block in _first(self._pool, _SEEN * limit))
+        found = list(islice((id_ for id_ in coldest if id_ in wanted), limit))
+        others = wanted.difference(found)
+        return found + [id_ for id_ in free if id_ in others][: limit - len(found)]
 
     def take(self, ids: Sequence[int]) -> None:
         """Withhold free blocks, and drop what the prefix cache has in them."""

@@ -44,7 +44,7 @@ class Share:
     total_bytes: int
     """What vLLM may take of the device, 0 if that was not limited."""
     dense_bytes: int
-    """Weights that are not offloaded."""
+    """Weights that are not offloaded, 0 where vLLM does not measure them, as on a CPU."""
     layers: int
     slots: int
     """Of all layers, now."""
@@ -118,16 +118,23 @@ def _with_report(output: Any, report: Report) -> Any:
 def share_of(worker: Any, engine: OffloadEngine, borrowing: Borrowing | None) -> Share:
     """What there is to tell about a worker's memory."""
     stats = engine.stats()
-    weights = int(getattr(worker.model_runner, "model_memory_usage", 0))
     return Share(
         boundary=borrowing.borrower.boundary if borrowing else None,
         reason=engine.not_shared,
-        total_bytes=int(getattr(worker, "requested_memory", 0)),
-        dense_bytes=max(0, weights - engine.staging.num_bytes - engine.arena.num_bytes),
+        total_bytes=_total_bytes(worker),
+        dense_bytes=engine.dense_bytes,
         layers=stats.layers,
         slots=stats.slots,
         experts=stats.experts_in_pool,
     )
+
+
+def _total_bytes(worker: Any) -> int:
+    if worker.vllm_config.cache_config.kv_cache_memory_bytes:
+        return 0  # vLLM then keeps to no share of the memory
+    # A CPU's worker has a name of its own for it.
+    names = ("requested_memory", "requested_cpu_memory")
+    return next((int(getattr(worker, name)) for name in names if hasattr(worker, name)), 0)
 
 
 def _boundary(vllm_config: Any, kv_cache_config: Any, engine: OffloadEngine) -> Boundary:
@@ -149,7 +156,10 @@ def _boundary(vllm_config: Any, kv_cache_config: Any, engine: OffloadEngine) -> 
 
 
 def _floor_blocks(vllm_config: Any, kv_cache_config: Any, config: MoeOffloadConfig) -> int:
-    (group,) = kv_cache_config.kv_cache_groups
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise _differs(f"it has {len(groups)} groups of layers")
+    (group,) = groups
     drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", 0) or 0
     tokens = vllm_config.model_config.max_model_len + drafts
     return floor_blocks(

@@ -19,6 +19,7 @@ from typing import Any
 from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.metrics import page
+from vllm_moe_offload.patches.quantization import naming_what_works
 from vllm_moe_offload.patches.wrapping import PatchError, wrap
 
 PLUGIN = "moe-offload"
@@ -190,7 +191,8 @@ def _create_engine_config(
     config = MoeOffloadConfig.parse(options)
     admission = importlib.import_module("vllm_moe_offload.patches.admission")
     admission.check_environment()
-    vllm_config = original(self, *args, **kwargs)
+    with naming_what_works():
+        vllm_config = original(self, *args, **kwargs)
     if not admission.check_model(vllm_config, config):
         del vllm_config.additional_config[KEY]
         return vllm_config

@@ -5,7 +5,7 @@ Target: ``WorkerBase.get_supported_kv_cache_layouts`` in vllm.v1.worker.worker_b
 Versions: 0.32, 0.33.
 Why: a run of blocks is one piece of memory only where the layers of a block lie together, and vLLM
     prefers layouts in which they do not. Blocks may come and go only where nobody else counts on
-    all of them.
+    all of them, and where orders go from vLLM's own scheduler to its own worker.
 How: a worker whose experts borrow names only those layouts, of all that its attention backends
     support; the engine core takes the first. All workers build the same model, so they agree.
 Can go: when vLLM's cache can be resized.
@@ -41,6 +41,7 @@ def why_not_shared(vllm_config: Any) -> str | None:
 def _reasons(vllm_config: Any) -> Any:
     """Reasons or None, one test after the other: later ones rely on earlier ones."""
     yield _why_not_by_features(vllm_config)
+    yield _why_not_by_processes(vllm_config)
     yield _why_not_by_layers(vllm_config)
     yield _why_not_by_layout(vllm_config)
 
@@ -60,6 +61,9 @@ def _why_not_by_features(vllm_config: Any) -> str | None:
         ),
         "a hybrid model keeps states beside keys and values": model.is_hybrid,
         "an encoder has a cache of its own": model.is_encoder_decoder,
+        "HiSparse keeps a part of the cache on the host": (
+            vllm_config.attention_config.hisparse_config is not None
+        ),
         "the experts are shared out unevenly": _is_uneven(vllm_config),
     }
     return next((reason for reason, active in features.items() if active), None)
@@ -71,8 +75,31 @@ def _is_uneven(vllm_config: Any) -> bool:
     return bool(vllm_config.model_config.get_num_experts() % size)
 
 
+def _why_not_by_processes(vllm_config: Any) -> str | None:
+    """Both halves have to be there: who schedules gives orders, every worker hears each of them."""
+    from vllm import envs
+
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if scheduler is not None and not _qualified_name(scheduler).startswith("vllm."):
+        return f"the scheduler {_qualified_name(scheduler)} is not vLLM's (--scheduler-cls)"
+    executor = vllm_config.parallel_config.distributed_executor_backend
+    if executor == "external_launcher":
+        return "every worker has a scheduler of its own, and all must decide alike"
+    # vLLM 0.32's first one for Ray goes past the worker.
+    is_first = executor == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
+    if is_first or executor not in ("uni", "mp", "ray"):
+        return f"the executor {_qualified_name(executor)} is not known to hand on orders"
+    return None
+
+
+def _qualified_name(name_or_class: Any) -> str:
+    if isinstance(name_or_class, type):
+        return f"{name_or_class.__module__}.{name_or_class.__qualname__}"
+    return str(name_or_class)
+
+
 def _why_not_by_layers(vllm_config: Any) -> str | None:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     specs = [
         spec
@@ -83,7 +110,8 @@ def _why_not_by_layers(vllm_config: Any) -> str | None:
     if not specs:
         return "the model has no KV cache"
     for spec in specs:
-        if not isinstance(spec, FullAttentionSpec):
+        # Not what inherits from them: sinks hold blocks of their own, others give some up early.
+        if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
             return f"not all layers have full attention ({type(spec).__name__})"
         if spec.sliding_window is not None or spec.attention_chunk_size is not None:
             return "not all layers have full attention (sliding window)"

@@ -25,6 +25,12 @@ from vllm_moe_offload.sizes import format_size
 
 logger = init_logger("vllm.moe_offload")
 
+NO_ROOM = (
+    "moe-offload: experts get no slots, because the part of the KV cache that they never borrow is "
+    "all of it, so every step loads all experts that it needs. A smaller --max-model-len or "
+    "--moe-offload-kv-floor, or a larger --gpu-memory-utilization leaves room for slots."
+)
+
 
 def apply(module: ModuleType) -> None:
     """Let engine cores lend."""
@@ -50,7 +56,9 @@ def _start(core: Any, config: MoeOffloadConfig) -> None:
             reports = core.model_executor.collective_rpc("moe_offload_follow", args=(order,))
             lending.lender.book.file(reports[0])
         lent = lending.lender.ledger.lent
-    logger.info("moe-offload: %s", describe(shares[0], lent, core.vllm_config.cache_config))
+        if boundary.max_increments == 0:
+            logger.warning(NO_ROOM)
+    logger.info("moe-offload: %s", describe(shares, lent, core.vllm_config.cache_config))
 
 
 def _agreed(shares: list[Share]) -> Boundary:
@@ -67,25 +75,31 @@ def _policy(config: MoeOffloadConfig, boundary: Boundary) -> Policy:
     return AutoPolicy(boundary)
 
 
-def describe(share: Share, lent: int, cache_config: Any) -> str:
-    """One line on how a worker's memory is split.
+def describe(shares: list[Share], lent: int, cache_config: Any) -> str:
+    """One line on how the memory of each worker is split.
 
     Args:
-        share: of a worker, before anything was lent.
+        shares: of all workers, before anything was lent.
         lent: increments that are lent now.
         cache_config: vLLM's, which knows its blocks.
     """
-    total = f"{format_size(share.total_bytes)} for vLLM on the GPU, " if share.total_bytes else ""
+    share = shares[0]
+    each = f"in each of {len(shares)} workers " if len(shares) > 1 else ""
+    total = f"{format_size(share.total_bytes)} for vLLM, " if share.total_bytes else ""
     boundary, blocks = share.boundary, cache_config.num_gpu_blocks
     if boundary is None:
-        slots, first = share.slots, blocks
+        slots = share.slots
+        # Of a hybrid model, whose layers take blocks in groups, only vLLM knows it.
+        tokens = getattr(cache_config, "kv_cache_size_tokens", None)
+        tokens = blocks * cache_config.block_size if tokens is None else tokens
         why = f"not shared: {share.reason}" if share.reason else "not shared"
     else:
         slots, first = lent * share.layers, boundary.first_block(lent)
+        tokens = first * cache_config.block_size
         lowest = boundary.first_block(boundary.max_increments)
         lent_bytes = format_size(lent * boundary.increment_bytes)
         why = f"boundary at block {first} of {blocks}, never below {lowest}; {lent_bytes} are lent"
     return (
-        f"{total}{format_size(share.dense_bytes)} dense weights, slots for {slots} of "
-        f"{share.experts} experts, KV cache of {first * cache_config.block_size} tokens, {why}"
+        f"{each}{total}{format_size(share.dense_bytes)} dense weights, slots for {slots} of "
+        f"{share.experts} experts, KV cache of {tokens} tokens, {why}"
     )

@@ -72,11 +72,38 @@ def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) 
     engine.not_shared = why_not_shared(vllm_config) if is_served else "it is that of a draft model"
     engine.borrows = engine.not_shared is None
     if not engine.borrows:
+        engine.spare_bytes = _spare_bytes(vllm_config.cache_config, engine.device)
         logger.info(
             "moe-offload: the KV cache is not shared with experts, because %s. The split is made "
-            "now: a quarter of the experts is held in slots; gpu_gb gives another size.",
+            "now: a quarter of the experts is held in slots, or as many as half of the memory that "
+            "is left holds; gpu_gb gives another size.",
             engine.not_shared,
         )
+
+
+def _spare_bytes(cache_config: Any, device: torch.device) -> int | None:
+    """Half of what vLLM may still take of a GPU; the rest is for the KV cache and for steps.
+
+    The dense weights have their memory by now.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    asked = cache_config.kv_cache_memory_bytes
+    kept = asked if asked else int((1 - cache_config.gpu_memory_utilization) * total)
+    return max(0, free - kept) // 2
+
+
+def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
+    """Bytes of the weights outside the pool; known now, since kernels may put them elsewhere."""
+    pool = {segment.rows_EB.untyped_storage().data_ptr() for segment in engine.pool.segments}
+    sizes = {
+        weight.data_ptr(): weight.nbytes  # some layers share theirs
+        for weight in model.parameters()
+        if weight.device.type == engine.device.type
+        and weight.untyped_storage().data_ptr() not in pool
+    }
+    return sum(sizes.values())
 
 
 def _create_model(
@@ -100,6 +127,7 @@ def _create_model(
         )
     if engine.config.predictor == "gate":
         engine.routers = find_routers(model, engine.specs)
+    engine.dense_bytes = _dense_bytes(model, engine)
     _choose_memory(engine, vllm_config, is_served=model_config is vllm_config.model_config)
     budget = engine.plan()
     # Takes memory, in huge pages a good part of the pool: not before the plan has been checked.

@@ -183,6 +183,7 @@ def _layer_stats(layer: LayerCounts) -> dict[str, Any]:
         **asdict(layer),
         "coverage": layer.coverage,
         "precision": layer.precision,
+        "stall_seconds": layer.stall_seconds,
         "transfer_seconds": layer.transfer_seconds,
     }
 

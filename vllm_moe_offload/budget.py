@@ -14,7 +14,7 @@ from vllm_moe_offload.memory import HostMemory
 from vllm_moe_offload.sizes import GIB, MIB, format_size
 
 AUTO_SHARE = 0.25
-"""Share of the experts that has a slot by default."""
+"""Share of the experts that has a slot by default, where the device has the memory."""
 
 AUTO_STAGING_BYTES = 640 * MIB
 """Largest staging by default, though never less than two rows. While a GPU computes attention
@@ -54,7 +54,11 @@ def slots_for_share(share: float, num_experts: int) -> int:
 
 
 def plan_budget(
-    layers: Sequence[LayerDemand], config: MoeOffloadConfig, *, borrows: bool = False
+    layers: Sequence[LayerDemand],
+    config: MoeOffloadConfig,
+    *,
+    borrows: bool = False,
+    spare_bytes: int | None = None,
 ) -> Budget:
     """Split the memory that the options give among the layers.
 
@@ -62,11 +66,13 @@ def plan_budget(
         layers: all of them.
         config: the options.
         borrows: whether slots are borrowed from the KV cache later, and none is allocated.
+        spare_bytes: what the device has for slots where no option gives their size, if known.
 
     Raises:
         OffloadError: staging is too small for two experts.
     """
-    slots = tuple(0 if borrows else _num_slots(layer, layers, config) for layer in layers)
+    most = None if borrows or not layers else _most_slots(layers, config, spare_bytes)
+    slots = tuple(0 if borrows else _num_slots(layer, most, config) for layer in layers)
     streaming = [
         layer for layer, count in zip(layers, slots, strict=True) if count < layer.num_experts
     ]
@@ -122,12 +128,22 @@ def check_budget(
         )
 
 
-def _num_slots(layer: LayerDemand, layers: Sequence[LayerDemand], config: MoeOffloadConfig) -> int:
+def _most_slots(
+    layers: Sequence[LayerDemand], config: MoeOffloadConfig, spare_bytes: int | None
+) -> int | None:
+    """Slots of a layer that there is memory for, None where a share of the experts decides."""
+    num_bytes = spare_bytes if config.cache_fraction is None else None
+    if config.gpu_gb != "auto":
+        num_bytes = int(config.gpu_gb * GIB)
+    return None if num_bytes is None else num_bytes // sum(layer.row_bytes for layer in layers)
+
+
+def _num_slots(layer: LayerDemand, most: int | None, config: MoeOffloadConfig) -> int:
+    slots = layer.num_experts
     if config.gpu_gb == "auto":
         share = AUTO_SHARE if config.cache_fraction is None else config.cache_fraction
-        return slots_for_share(share, layer.num_experts)
-    increment = sum(each.row_bytes for each in layers)
-    return min(layer.num_experts, int(config.gpu_gb * GIB) // increment)
+        slots = slots_for_share(share, layer.num_experts)
+    return slots if most is None else min(slots, most)
 
 
 def _staging_bytes(streaming: Sequence[LayerDemand], config: MoeOffloadConfig) -> int:

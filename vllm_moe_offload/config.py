@@ -46,7 +46,7 @@ class MoeOffloadConfig(BaseModel):
     gpu_gb: PositiveGiB | Auto = Field(
         default="auto",
         description="GPU memory for expert slots in GiB; auto borrows what the KV cache leaves, or "
-        "holds a quarter of the experts where it cannot be shared.",
+        "holds up to a quarter of the experts where it cannot be shared.",
     )
     cache_fraction: Share | None = Field(
         default=None,

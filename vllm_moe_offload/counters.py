@@ -27,7 +27,7 @@ class Counters:
     Args:
         layers: all layers of the model.
         device: where their tables are.
-        row_seconds: what an expert of each layer takes to a slot.
+        row_seconds: what an expert of each layer takes to the device.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class LayerCounts:
     foreseeable: int = 0
     """Active experts of steps that had a prediction."""
     row_seconds: float = 0.0
-    """What one expert takes from the pool to a slot, as measured at the start."""
+    """What one expert takes from the pool to the GPU, as measured at the start."""
     is_held: bool = False
     """Whether the GPU holds all rows; what is brought into a slot then crosses no link."""
 
@@ -65,6 +65,11 @@ class LayerCounts:
         """What the link needed for all that was moved, by ``row_seconds``."""
         moved = self.demand_bytes + self.wave_bytes + self.prefetch_bytes
         return self.seconds_for(moved)
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long steps stood still at most: what they asked for, as if nothing were hidden."""
+        return self.seconds_for(self.demand_bytes + self.wave_bytes)
 
     def seconds_for(self, num_bytes: float) -> float:
         """What the link needs for so many bytes of experts."""

@@ -92,6 +92,8 @@ class OffloadEngine:
         """Whether the slots are borrowed from the KV cache's buffer; set before ``plan``."""
         self.not_shared: str | None = None
         """Why they are not, if they were to be."""
+        self.spare_bytes: int | None = None  # of the device for them then; set before ``plan``
+        self.dense_bytes = 0  # of weights outside the pool, for the log
         self.borrower: Borrower | None = None
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
         self._seconds_of_L: list[float] = []
@@ -120,7 +122,9 @@ class OffloadEngine:
         """
         check_foresight(self.config, self.specs, self.routers)
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
-        budget = plan_budget(demands, self.config, borrows=self.borrows)
+        budget = plan_budget(
+            demands, self.config, borrows=self.borrows, spare_bytes=self.spare_bytes
+        )
         self._check(budget)
         rows = [segment.rows_EB for segment in self.pool.segments]
         populate(rows, processors_near(device_address(self.device)))

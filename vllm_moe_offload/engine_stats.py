@@ -34,6 +34,7 @@ class EngineStats:
     found: int = 0
     foreseeable: int = 0
     transfer_seconds: float = 0.0
+    stall_seconds: float = 0.0
     lent_bytes: int = 0
 
     @classmethod
@@ -74,6 +75,7 @@ class EngineStats:
             found=sum(layer.found for layer in counts),
             foreseeable=sum(layer.foreseeable for layer in counts),
             transfer_seconds=sum(layer.transfer_seconds for layer in counts),
+            stall_seconds=sum(layer.stall_seconds for layer in counts),
         )
 
     def as_dict(self) -> dict[str, float]:

@@ -138,7 +138,8 @@ def _fp8_channel(weight_NK: Tensor) -> tuple[Packed, Tensor]:
     return {"weight": codes, "weight_scale": scale}, value
 
 
-def _fp8_tensor(weight_NK: Tensor) -> tuple[Packed, Tensor]:
+def fp8_tensor(weight_NK: Tensor) -> tuple[Packed, Tensor]:
+    """How fp8 stores a weight [N, K] with one scale, and one for its activations."""
     scale = weight_NK.abs().amax() / _E4M3_MAX
     codes, value = _e4m3(weight_NK, scale)
     inputs = torch.tensor([0.05])
@@ -285,7 +286,7 @@ def _nvfp4_packed(weight_NK: Tensor) -> tuple[Packed, Tensor]:
 _QUANTISERS: dict[str, Callable[[Tensor], tuple[Packed, Tensor]]] = {
     "fp8": _fp8_block,
     "fp8-channel": _fp8_channel,
-    "fp8-tensor": _fp8_tensor,
+    "fp8-tensor": fp8_tensor,
     "w4a16": _pack_quantized(32, 4, zeros=False),
     "w4a16-zeros": _pack_quantized(64, 4, zeros=True),
     "w4a16-channel": _pack_quantized(0, 4, zeros=False),

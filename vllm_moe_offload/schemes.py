@@ -22,8 +22,8 @@ from vllm_moe_offload.layout import ExpertLayout
 
 WORKING = (
     "16-bit and 32-bit experts; fp8 (e4m3) with scales for blocks, channels or tensors; 4-bit and "
-    "8-bit integers from GPTQ without act-order, AWQ and compressed-tensors pack-quantized; MXFP4; "
-    "and nvfp4"
+    "8-bit integers from symmetric GPTQ without act-order, AWQ and compressed-tensors "
+    "pack-quantized; MXFP4; and nvfp4"
 )
 """What works, for messages."""
 
@@ -265,7 +265,7 @@ def _gptq(method: Any, prefix: str, _: bool) -> Scheme:
         raise refusal("desc_act = true", prefix, "GPTQ's act-order is not supported")
     form = _integers(config.weight_bits, config.group_size, not config.is_sym, prefix)
     if form.zeros:
-        raise refusal("sym = false", prefix, "asymmetric GPTQ needs --quantization moe_wna16")
+        raise refusal("sym = false", prefix, "GPTQ with zero points is not supported")
     places = _plain(weight="qweight", scale="scales")
     return Scheme(form, places, dict.fromkeys(places, _turned), frozenset(places.values()))
 
@@ -274,12 +274,17 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in an AWQ word of the codes of eight neighbouring columns."""
 
 
+def _refuse_awq_without_zeros(zeros: bool, prefix: str) -> None:
+    # Its files hold zero points all the same, which would be left out.
+    if not zeros:
+        raise refusal("zero_point = false", prefix, "AWQ without zero points is not supported")
+
+
 def _awq(method: Any, prefix: str, _: bool) -> Scheme:
     config = method.quant_config
-    form = _integers(config.weight_bits, config.group_size, config.zero_point, prefix)
-    places = _plain(weight="qweight", scale="scales")
-    if form.zeros:
-        places |= _plain(zero="qzeros")
+    _refuse_awq_without_zeros(config.zero_point, prefix)
+    form = _integers(config.weight_bits, config.group_size, True, prefix)
+    places = _plain(weight="qweight", scale="scales", zero="qzeros")
 
     def columns(words: Tensor) -> Tensor:
         """From [E, K or G, N in words] to codes [E, N, K or G]."""
@@ -297,6 +302,8 @@ def _awq(method: Any, prefix: str, _: bool) -> Scheme:
 
 def _wna16(method: Any, prefix: str, _: bool) -> Scheme:
     config = method.quant_config
+    if config.linear_quant_method != "gptq":
+        _refuse_awq_without_zeros(config.has_zp, prefix)
     form = _integers(config.weight_bits, config.group_size, config.has_zp, prefix)
     kinds = {"weight": "qweight", "scale": "scales"} | ({"zero": "qzeros"} if form.zeros else {})
     return Scheme(form, _plain(**kinds))

@@ -33,10 +33,10 @@ def row_seconds(layer: OffloadedLayer, device: torch.device) -> float:
 
 
 def row_seconds_by_layer(layers: Sequence[OffloadedLayer], device: torch.device) -> list[float]:
-    """What an expert of each layer takes to a slot, at the rate of the largest one."""
-    loading = [x for x in layers if x.residency.num_slots > 0 and not x.is_held]
+    """What an expert of each layer takes to the device, at the rate of the largest one."""
+    loading = [x for x in layers if not x.is_held]
     if not loading:
-        return [0.0] * len(layers)  # Nothing ever crosses the link to a slot.
+        return [0.0] * len(layers)  # Nothing ever crosses the link.
     largest = max(loading, key=lambda layer: layer.spec.layout.row_bytes)
     per_byte = row_seconds(largest, device) / largest.spec.layout.row_bytes
     return [per_byte * layer.spec.layout.row_bytes for layer in layers]

@@ -88,7 +88,7 @@ def test_the_layouts_are_measured_when_all_servers_are_gone(together):
 def phase(configuration, name, seconds, wait=1.0):
     return {
         "case": "phase", "configuration": configuration, "phase": name, "seconds": seconds,
-        "longest_wait_s": wait,
+        "waits_s": [wait, 2 * wait],
     }  # fmt: skip
 
 
@@ -136,21 +136,35 @@ def test_a_split_that_was_not_measured_to_its_end_is_no_split():
 
 
 @pytest.mark.parametrize(("auto", "passed"), [(3.0, True), (2.9, True), (3.1, False)])
-def test_waits_are_set_beside_a_cache_without_experts(auto, passed):
+def test_every_request_waits_beside_a_cache_without_experts(auto, passed):
     waits = {"auto": auto, "fixed 0.00": 3.0, "fixed 1.00": 1.0}
     rows = measured({"auto": (1, 1, 1, 1), **FIXED}, waits)
-    # A document waits long in any case: only the burst counts.
-    rows.append(phase("auto", "document", 1.0, wait=99.0))
     assert judged(rows)[2] is passed
+    assert list(verdicts(rows)[2]["values"]) == list(PHASES)
+    (burst,) = [r for r in rows if (r["configuration"], r["phase"]) == ("auto", "burst")]
+    burst["waits_s"][0] = 3.3
+    assert judged(rows)[2] is False
+    assert verdicts(rows)[2]["values"]["burst"] == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "longest", "passed"),
-    [(1.9, 0.004, [True, True]), (2.1, 0.004, [False, True]), (1.9, 0.006, [True, False])],
+    ("changes", "passed"),
+    [
+        ({}, [True, True, True]),
+        ({"seconds": 2.1}, [False, True, True]),
+        ({"longest_move_s": 0.006}, [True, False, True]),
+        ({"longest_decision_s": 0.006}, [True, True, False]),
+        # Not from an idle server, which has lent all.
+        ({"increments": 9}, [None, None, None]),
+        ({"increments": 0, "most_increments": 0}, [None, None, None]),
+    ],
 )
-def test_recall(seconds, longest, passed):
-    row = {"case": "recall", "seconds": seconds, "longest_move_s": longest}
-    assert judged([row])[3:5] == passed
+def test_recall(changes, passed):
+    row = {
+        "case": "recall", "seconds": 1.9, "longest_move_s": 0.004, "longest_decision_s": 0.004,
+        "increments": 10, "most_increments": 10, **changes,
+    }  # fmt: skip
+    assert judged([row])[3:6] == passed
 
 
 def test_every_case_of_the_layout_counts():
@@ -158,15 +172,16 @@ def test_every_case_of_the_layout_counts():
         {"case": "layout", "batch": batch, "context": 32_768, "cost": cost}
         for batch, cost in ((1, 1.0), (32, 1.02))
     ]
-    assert judged(rows)[5] is True
-    assert verdicts(rows)[5]["values"] == {"1 x 32768": 1.0, "32 x 32768": 1.02}
+    assert judged(rows)[6] is True
+    assert judged(rows[:1])[6] is None
+    assert verdicts(rows)[6]["values"] == {"1 x 32768": 1.0, "32 x 32768": 1.02}
     rows[0]["cost"] = 1.021
-    assert judged(rows)[5] is False
+    assert judged(rows)[6] is False
 
 
 @pytest.mark.parametrize("rows", [[], measured({"auto": (1, 1, 1, 1)}), measured(FIXED)])
 def test_nothing_is_judged_that_was_not_measured(rows):
-    assert judged(rows) == [None] * 6
+    assert judged(rows) == [None] * 7
 
 
 def samples(configuration="auto", count=6):
@@ -218,6 +233,8 @@ def test_the_file_grows_with_every_process_and_keeps_what_is_not_asked_for(tmp_p
 
     monkeypatch.setattr(jobs, "run_all", run_all)
     monkeypatch.setattr(jobs, "SCRIPT", jobs.SCRIPT)
+    # A plot takes a second, and has a test of its own.
+    monkeypatch.setattr(budget_plot, "draw", lambda _result, path: path.touch())
     result = budget.measure(out, TINY, {}, {"commit": "abc"})
     assert seen == [1, 2, 3, 4, 5]
     assert result == json.loads(out.read_text())

@@ -12,7 +12,8 @@ def run(*steps):
 def judged(stock, mine=None, **changed):
     mine = mine or run((5, -1.0), (6, -1.0))
     runs = {f"share {share}": mine for share in SHARES}
-    return judge("fp8", runs | {"stock": stock, "float32": mine, "decoded": mine} | changed)
+    runs |= {"one layer": mine, "stock": stock, "float32": mine, "decoded": mine}
+    return judge("fp8", runs | changed)
 
 
 def test_every_format_is_compared():

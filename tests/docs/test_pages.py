@@ -104,6 +104,8 @@ def test_a_message_that_is_not_there_would_be_noticed():
 
 # Figures.
 
+RESULTS = ROOT / "benchmarks/results"
+
 CONFIGURATIONS = {
     "vLLM, all experts on the GPU": ("resident", ""),
     "this plugin, half of them in slots": ("plugin 0.5", ""),
@@ -113,6 +115,17 @@ CONFIGURATIONS = {
     "this plugin, half, routing confined to a half": ("plugin 0.5", ", confined"),
     "vLLM `--cpu-offload-gb`, half, the same routing": ("cpu-offload 0.5", ", confined"),
 }
+REPLAYED = {
+    "this plugin, half of the experts in slots": "adaptive 0.5",
+    "vLLM `--cpu-offload-gb`, half of them on the GPU": "cpu-offload 0.5",
+    "this plugin, a quarter": "adaptive 0.25",
+    "vLLM `--cpu-offload-gb`, a quarter": "cpu-offload 0.25",
+}
+BATCHES = (1, 8, 32)
+
+
+def rows_of(file: str) -> list[dict]:
+    return json.loads((RESULTS / file).read_text())["rows"]
 
 
 def seconds(rows: list[dict], configuration: str, case: str) -> float:
@@ -125,23 +138,88 @@ def name_of(row: dict) -> str:
     return f"{row['case']} {size}{', confined' if row.get('confined') else ''}"
 
 
+def tables_of_the_readme(heading: str) -> Iterator[list[list[str]]]:
+    """Cells of the tables of a section, without their first two lines."""
+    _, _, section = (ROOT / "README.md").read_text().partition(f"\n## {heading}\n")
+    for table in re.findall(r"(?:^\|.*\n)+", section.partition("\n## ")[0], re.MULTILINE):
+        lines = table.splitlines()[2:]
+        yield [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def assert_shown(cell: str, exact: list[float], digits: str) -> None:
+    shown = [float(figure.replace(",", "")) for figure in cell.split("/")]
+    assert [f"{figure:{digits}}" for figure in shown] == [f"{value:{digits}}" for value in exact]
+
+
+def test_replayed_results_are_those_of_the_files():
+    table, _ = tables_of_the_readme("Results")
+    assert [line[0] for line in table] == list(REPLAYED)
+    for name, *cells in table:
+        for cell, file in zip(cells, ("qwen3", "deepseek"), strict=True):
+            rows = rows_of(f"prediction-{file}.json")
+            steps = [seconds(rows, REPLAYED[name], f"decode {batch}") for batch in BATCHES]
+            rates = [batch / step for batch, step in zip(BATCHES, steps, strict=True)]
+            assert_shown(cell, rates, ".0f")
+
+
 def test_results_are_those_of_the_file():
-    rows = json.loads((ROOT / "benchmarks/results/growth.json").read_text())["rows"]
-    lines = [line.split("|")[1:4] for line in (ROOT / "README.md").read_text().splitlines()
-             if line.startswith(("| vLLM", "| this plugin"))]  # fmt: skip
-    assert [name.strip() for name, _, _ in lines] == list(CONFIGURATIONS)
-    for name, decode, prefill in lines:
-        configuration, kind = CONFIGURATIONS[name.strip()]
-        shown = dict(zip((f"decode {n}{kind}" for n in (1, 8, 32)), decode.split("/"), strict=True))
-        scale = dict.fromkeys(shown, 1e3)
-        if prefill.strip():
-            shown |= zip(("prefill 8192", "prefill 32768"), prefill.split("/"), strict=True)
-        for case, figure in shown.items():
-            if figure.strip() == "-":
-                assert "confined" in case
-                continue
-            exact = seconds(rows, configuration, case) * scale.get(case, 1)
-            assert f"{exact:.3g}" == f"{float(figure):.3g}", (name, case)
+    rows, (_, table) = rows_of("growth.json"), tables_of_the_readme("Results")
+    assert [name for name, *_ in table] == list(CONFIGURATIONS)
+    for name, decode, prefill in table:
+        configuration, kind = CONFIGURATIONS[name]
+        batches = BATCHES[:2] if kind else BATCHES
+        steps = [seconds(rows, configuration, f"decode {batch}{kind}") for batch in batches]
+        rates = [batch / step for batch, step in zip(batches, steps, strict=True)]
+        assert_shown(decode.removesuffix("/ -"), rates, ".3g")
+        assert bool(prefill) == (kind == "")
+        if prefill:
+            waits = [seconds(rows, configuration, f"prefill {n}") for n in (8192, 32768)]
+            assert_shown(prefill, waits, ".3g")
+
+
+def test_what_the_readme_claims_in_its_first_lines():
+    claim = " ".join((ROOT / "README.md").read_text().partition("\n## ")[0].split())
+    replayed = [
+        seconds(rows, f"cpu-offload {share}", case) / seconds(rows, f"adaptive {share}", case)
+        for rows in map(rows_of, ("prediction-qwen3.json", "prediction-deepseek.json"))
+        for share in (0.25, 0.5)
+        for case in (f"decode {batch}" for batch in BATCHES)
+    ]
+    assert f"{min(replayed):.1f} to {max(replayed):.0f} times as fast with recorded" in claim
+    rows = rows_of("growth.json")
+    ratio = {
+        (case, share): seconds(rows, f"cpu-offload {share}", case)
+        / seconds(rows, f"plugin {share}", case)
+        for share in (0.25, 0.5)
+        for case in ("prefill 8192", "prefill 32768", *(f"decode {n}" for n in BATCHES))
+    }
+    prompts = [value for (case, _), value in ratio.items() if case.startswith("prefill")]
+    assert {f"long prompts are {value:.0f} times as fast" in claim for value in prompts} == {True}
+    assert min(value for (case, _), value in ratio.items() if case.startswith("decode")) >= 1 - 0.03
+    assert "as fast within 3 %" in claim
+
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss", "granite_moe")
+
+
+def test_models_that_were_run_on_a_gpu():
+    (table,) = tables_of_the_readme("Tested models")
+    names = [re.sub(r"\W", "", name.split("(")[0].split(",")[0]).lower() for name, *_ in table]
+    assert names == [family.replace("_", "") for family in FAMILIES]
+    rows = [row for row in rows_of("correctness-eager.json") if row["mode"] == "eager"]
+    for family in FAMILIES:
+        runs = {row["dtype"]: row for row in rows if row["family"] == family}
+        assert all(run["passed"] and run["bit_identical"] for run in runs.values())
+        assert runs.keys() == {"float32", "bfloat16"}
+        assert runs["float32"]["tokens_equal_stock"]
+
+
+def test_graphs_that_were_run_on_a_gpu():
+    for family in ("qwen3_moe", "deepseek_v2"):
+        (run,) = [row for row in rows_of("correctness-graphs.json")
+                  if (row["family"], row["mode"]) == (family, "graphs")]  # fmt: skip
+        assert run["passed"]
+        assert run["bit_identical"]
 
 
 def test_pages_name_no_file_of_a_machine():

@@ -8,6 +8,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm_moe_offload import plugin
 from vllm_moe_offload.lending import lender
 from vllm_moe_offload.lending.controller import Ghosts
+from vllm_moe_offload.patches import block_pool
 from vllm_moe_offload.patches.block_pool import VllmPool
 
 plugin.register()
@@ -43,6 +44,17 @@ def test_cached_blocks_are_taken_coldest_first(pool):
     assert ghosts.wanted(keys) == (5, 5)
     assert ghosts.wanted(keys) == (0, 0)
     assert pool.get_cached_block(b"", [0]) is None
+
+
+def test_not_all_free_blocks_are_looked_at(pool, monkeypatch):
+    """A large pool has a hundred thousand; which of the warmer ones go matters less."""
+    cached(pool, [*range(19, 4, -1), *range(1, 5)])
+    shared = VllmPool(pool, Ghosts(50))
+    monkeypatch.setattr(block_pool, "_SEEN", 2)
+    # Of these, the coldest six of all hold 15 and 14.
+    assert shared.free_among([1, 2, 3, 14, 15], 3) == [15, 14, 1]
+    monkeypatch.setattr(block_pool, "_SEEN", 1)
+    assert shared.free_among([1, 2, 3, 14, 15], 3) == [1, 2, 3]
 
 
 def test_blocks_come_back_in_front_and_the_lowest_first(pool):

@@ -190,15 +190,63 @@ def test_line_at_the_start():
     engine = FakeEngine()
     make(engine)
     cache = SimpleNamespace(num_gpu_blocks=BLOCKS, block_size=16)
-    line = lending.describe(share(engine.boundary), 4, cache)
+    line = lending.describe([share(engine.boundary)], 4, cache)
     assert line == (
-        "24 GiB for vLLM on the GPU, 3 GiB dense weights, slots for 8 of 12 experts, KV cache of "
-        "1472 tokens, boundary at block 92 of 100, never below 88; 64 KiB are lent"
+        "24 GiB for vLLM, 3 GiB dense weights, slots for 8 of 12 experts, KV cache of 1472 tokens, "
+        "boundary at block 92 of 100, never below 88; 64 KiB are lent"
     )
-    line = lending.describe(share(None, "it is a test"), 0, cache)
-    assert line.endswith(
-        "slots for 3 of 12 experts, KV cache of 1600 tokens, not shared: it is a test"
+    line = lending.describe([share(None, "it is a test")] * 2, 0, cache)
+    assert line == (
+        "in each of 2 workers 24 GiB for vLLM, 3 GiB dense weights, slots for 3 of 12 experts, "
+        "KV cache of 1600 tokens, not shared: it is a test"
     )
+
+
+def test_the_line_of_a_hybrid_model_counts_tokens_as_vllm_does():
+    """Its layers take blocks in groups, so that the cache holds fewer tokens than its blocks."""
+    cache = SimpleNamespace(num_gpu_blocks=BLOCKS, block_size=16, kv_cache_size_tokens=777)
+    assert "KV cache of 777 tokens" in lending.describe([share(None, "hybrid")], 0, cache)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kv_bytes", "total"),
+    [
+        ({"requested_memory": 100.0}, None, 100),
+        ({"requested_cpu_memory": 90}, None, 90),
+        ({"requested_memory": 100}, 64, 0),
+        ({}, None, 0),
+    ],
+)
+def test_what_vllm_may_take_of_the_device(attributes, kv_bytes, total):
+    cache = SimpleNamespace(kv_cache_memory_bytes=kv_bytes)
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), **attributes)
+    assert borrowing._total_bytes(worker) == total
+
+
+def test_a_cache_of_several_groups_is_refused():
+    config = cache_config()
+    config.kv_cache_groups *= 2
+    with pytest.raises(PatchError, match="2 groups"):
+        make(FakeEngine(), config)
+
+
+@pytest.mark.parametrize(("max_model_len", "warns"), [(1600, True), (160, False)])
+def test_experts_without_any_room_are_pointed_out(monkeypatch, max_model_len, warns):
+    engine, said = FakeEngine(), []
+    make(engine, max_model_len=max_model_len)
+    monkeypatch.setattr(lending.logger, "warning", said.append)
+    monkeypatch.setattr(lending, "start_lending", lambda *_: SimpleNamespace(
+        lender=SimpleNamespace(opens=lambda: None, ledger=SimpleNamespace(lent=0))
+    ))  # fmt: skip
+    core = SimpleNamespace(
+        model_executor=SimpleNamespace(collective_rpc=lambda _: [share(engine.boundary)]),
+        scheduler=None,
+        vllm_config=SimpleNamespace(
+            cache_config=SimpleNamespace(num_gpu_blocks=BLOCKS, block_size=16)
+        ),
+    )
+    lending._start(core, engine.config)
+    assert said == [lending.NO_ROOM] * warns
 
 
 def test_workers_that_disagree():

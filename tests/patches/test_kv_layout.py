@@ -11,16 +11,19 @@ def config(**changes):
     parallel = {
         "pipeline_parallel_size": 1, "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1, "tensor_parallel_size": 1,
-        "enable_expert_parallel": False,
+        "enable_expert_parallel": False, "distributed_executor_backend": "uni",
     }  # fmt: skip
     model = {"is_hybrid": False, "is_encoder_decoder": False, "get_num_experts": lambda: 8}
+    scheduler, attention = {"scheduler_cls": None}, {"hisparse_config": None}
     made = {"speculative_config": None, "kv_transfer_config": None}
     for name, value in changes.items():
-        group = next((g for g in (parallel, model, made) if name in g), made)
+        group = next(g for g in (parallel, model, scheduler, attention, made) if name in g)
         group[name] = value
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(**model), **made
-    )
+        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(**model),
+        scheduler_config=SimpleNamespace(**scheduler),
+        attention_config=SimpleNamespace(**attention), **made,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,7 @@ def config(**changes):
         ({"speculative_config": SimpleNamespace(method="eagle")}, "draft model"),
         ({"is_hybrid": True}, "hybrid"),
         ({"is_encoder_decoder": True}, "encoder"),
+        ({"hisparse_config": "given"}, "HiSparse"),
         ({"enable_expert_parallel": True, "tensor_parallel_size": 3}, "unevenly"),
     ],
 )
@@ -51,6 +55,45 @@ def test_features_that_count_on_all_blocks(changes, reason):
 )
 def test_features_that_do_not(changes):
     assert kv_layout._why_not_by_features(config(**changes)) is None
+
+
+class Foreign:
+    """Of no class that orders are known to pass."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scheduler_cls": "my.Scheduler"}, "my.Scheduler is not vLLM's"),
+        ({"scheduler_cls": Foreign}, "Foreign is not vLLM's"),
+        ({"distributed_executor_backend": "external_launcher"}, "decide alike"),
+        ({"distributed_executor_backend": Foreign}, "Foreign is not known"),
+        ({"distributed_executor_backend": "my.Executor"}, "my.Executor is not known"),
+    ],
+)
+def test_processes_that_orders_do_not_pass(changes, reason):
+    """They would leave blocks with two tenants, and nobody would notice."""
+    assert reason in kv_layout.why_not_shared(config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
+        {"distributed_executor_backend": "mp"},
+        {"distributed_executor_backend": "ray"},
+    ],
+)
+def test_processes_that_they_do(changes):
+    assert kv_layout._why_not_by_processes(config(**changes)) is None
+
+
+def test_the_first_executor_for_ray_goes_past_the_worker(monkeypatch):
+    monkeypatch.setattr("vllm.envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False, raising=False)
+    assert "ray is not known" in kv_layout._why_not_by_processes(
+        config(distributed_executor_backend="ray")
+    )
 
 
 def layers(monkeypatch, *specs, **more):
@@ -81,7 +124,13 @@ def test_layers_that_keep_less_or_something_else(monkeypatch):
     window = SlidingWindowSpec(
         block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=64
     )
+
+    class SinkSpec(type(full())):
+        """As those of vLLM that inherit from full attention and do more."""
+
     assert "SlidingWindowSpec" in layers(monkeypatch, full(), window)
+    sizes = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    assert "SinkSpec" in layers(monkeypatch, full(), SinkSpec(**sizes))
     assert "sliding window" in layers(monkeypatch, full(sliding_window=64))
     assert "differ in size" in layers(monkeypatch, full(), full(num_kv_heads=4))
     assert "no KV cache" in layers(monkeypatch, None)

@@ -25,6 +25,9 @@ from vllm_moe_offload.patches.scheduler import ORDER, start_lending
 
 plugin.register()
 
+STEPS = 100_000
+"""Of the long runs together; where nothing is to do there is no step."""
+
 NUM_BLOCKS, MAX_LEN = 64, 64
 BOUNDARY = Boundary(
     num_blocks=NUM_BLOCKS,
@@ -67,7 +70,7 @@ class Watched:
         self.lending = start_lending(self.scheduler, boundary, policy, clock=self.server.clock)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.added: list[str] = []
-        self.moves = 0
+        self.moves = self.steps = 0
 
     @property
     def ledger(self) -> Any:
@@ -80,6 +83,7 @@ class Watched:
         if not self.server.busy:
             return
         output = self.server.step()
+        self.steps += 1
         self.moves += hasattr(output, ORDER)
         self.check()
         if self.server.preempted_by_step or self._somebody_waits_for_blocks(output):
@@ -137,8 +141,8 @@ def test_long_run(config, overlap, policy):
     whim = Whim(0)
     watched = Watched(config(overlap), whim if policy == "whim" else AutoPolicy(BOUNDARY))
     rate = 0.1
-    for number in range(25_000):
-        if number % 500 == 0:
+    while watched.steps < STEPS // 4:
+        if watched.steps % 500 == 0:
             rate = rng.choice((0.02, 0.1, 0.2, 0.4))
         if rng.random() < rate and len(watched.scheduler.requests) < 12:
             watched.add(random_prompt(rng), rng.randint(1, 24))
@@ -310,6 +314,21 @@ def test_the_longest_sequence_fits_beside_all_that_can_be_lent(checkpoint, water
         watched.check()
         assert watched.ledger.lent == tight.max_increments
     assert sorted(watched.server.finished) == sorted(watched.added)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 19), (1.0, 0)])
+def test_extremes_of_the_floor(config, share, most):
+    floor = floor_blocks(NUM_BLOCKS, MAX_LEN // scheduling.BLOCK_SIZE, share)
+    boundary = replace(BOUNDARY, floor_blocks=floor)
+    watched = Watched(config(True), AutoPolicy(boundary), boundary=boundary)
+    worker, lender = watched.server.worker, watched.lending.lender
+    if order := lender.opens():
+        worker._follow(order)
+        lender.book.file(worker.report())
+    assert watched.ledger.lent == boundary.max_increments == most
+    for word in range(1, 9):
+        watched.add([word] * 30, 30)
+    watched.drain()
 
 
 def test_the_prefix_cache_can_be_reset_while_blocks_are_lent(lent):

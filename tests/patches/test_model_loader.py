@@ -62,6 +62,7 @@ def load(loader, options: dict | None, *, draft: bool = False):
         load_config=SimpleNamespace(device=None, load_format="auto"),
         device_config=SimpleNamespace(device="cpu"),
         parallel_config=SimpleNamespace(local_world_size=1),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.9),
     )
     return loader.load_model(config, model_config)
 
@@ -147,3 +148,39 @@ def test_a_draft_model_does_not_borrow(reason):
     load(loader, {}, draft=True)
     assert not loader.engine.borrows
     assert "draft" in loader.engine.not_shared
+
+
+def test_dense_weights_are_those_outside_the_pool_and_counted_once():
+    loader = make_loader()
+    load(loader, {})
+    rows_EB = loader.engine.pool.segments[1].rows_EB
+    tied = torch.nn.Parameter(torch.zeros(10, 4))
+    weights = [
+        tied,
+        torch.nn.Parameter(tied.data.view(4, 10)),
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.nn.Parameter(rows_EB[:, 64:128].view(torch.float32)),
+        torch.nn.Parameter(torch.zeros(99, device="meta")),
+    ]
+    found = model_loader._dense_bytes(torch.nn.ParameterList(weights), loader.engine)
+    assert found == 4 * (40 + 3)
+    assert loader.engine.dense_bytes == 0, "the model has no weights but those of its experts"
+
+
+@pytest.mark.parametrize(
+    ("kv_bytes", "share", "spare"),
+    [(None, 0.9, 3500), (None, 0.5, 1500), (None, 0.1, 0), (6000, 0.9, 1000), (9000, 0.9, 0)],
+)
+def test_a_split_at_the_start_leaves_half_of_a_gpu_to_the_rest(monkeypatch, kv_bytes, share, spare):
+    """Slots for a quarter of the experts of a large model would leave no memory to start with."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8000, 10_000))
+    cache = SimpleNamespace(kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=share)
+    assert model_loader._spare_bytes(cache, torch.device("cuda")) == spare
+    assert model_loader._spare_bytes(cache, torch.device("cpu")) is None
+
+
+def test_it_reaches_the_plan(monkeypatch):
+    monkeypatch.setattr(model_loader, "_spare_bytes", lambda *_: 0)
+    loader = make_loader()
+    load(loader, {})
+    assert loader.engine.budget.slots == (0, 0)

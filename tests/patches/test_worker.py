@@ -26,7 +26,7 @@ IDLE = SchedulerOutput.make_empty()
 
 LAYER = LayerCounts("model.layers.3.mlp.experts", 8, 4, 100, 5, 10, 6, 3, 1, 0, found=2,
                     foreseeable=4, prefetched=5, prefetch_hits=4, row_seconds=0.5)  # fmt: skip
-SHARES = {"coverage": 0.5, "precision": 0.8, "transfer_seconds": 4.5}
+SHARES = {"coverage": 0.5, "precision": 0.8, "transfer_seconds": 4.5, "stall_seconds": 2.0}
 
 
 class FakeEngine:

@@ -23,7 +23,16 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-from vllm_moe_offload.quantised_checkpoints import gptq, gptq_config, quantise_experts
+from vllm_moe_offload.quantised_checkpoints import (
+    awq,
+    fp8_tensor,
+    gptq,
+    gptq_config,
+    quantise_experts,
+)
+
+Store = Callable[..., Path]
+"""From a checkpoint, a folder and ``decoded`` to the checkpoint stored in a format."""
 
 Quantise = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
 
@@ -43,24 +52,24 @@ def _fp8(strategy: str, **more: Any) -> dict[str, Any]:
 _NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group",
           "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip
 
-COMPRESSED: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
-    "pack-quantized": [
-        *((_integers(4, group), None) for group in (32, 64, 128, 0)),
-        *((_integers(4, group, symmetric=False), None) for group in (32, 64, 128, 0)),
-        *((_integers(8, group), None) for group in (32, 64, 128, 0)),
-    ],
-    "float-quantized": [
-        (_fp8("channel"), _fp8("token", dynamic=True)),
-        (_fp8("tensor"), _fp8("tensor")),
-        (_fp8("tensor"), _fp8("tensor", dynamic=True)),
-        (
-            _fp8("block", block_structure=[128, 128]),
-            _fp8("group", group_size=128, dynamic=True),
-        ),
-    ],
-    "nvfp4-pack-quantized": [(_NVFP4, {**_NVFP4, "dynamic": "local"}), (_NVFP4, None)],
-}
-"""Weights and activations of each layer, by the format of compressed-tensors."""
+COMPRESSED: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
+    *(
+        ("pack-quantized", _integers(bits, group, symmetric=symmetric), None)
+        for bits, symmetric in ((4, True), (4, False), (8, True))
+        for group in (32, 64, 128, 0)
+    ),
+    ("float-quantized", _fp8("channel"), _fp8("token", dynamic=True)),
+    ("float-quantized", _fp8("tensor"), _fp8("tensor")),
+    ("float-quantized", _fp8("tensor"), _fp8("tensor", dynamic=True)),
+    (
+        "float-quantized",
+        _fp8("block", block_structure=[128, 128]),
+        _fp8("group", group_size=128, dynamic=True),
+    ),
+    ("nvfp4-pack-quantized", _NVFP4, {**_NVFP4, "dynamic": "local"}),
+    ("nvfp4-pack-quantized", _NVFP4, None),
+]
+"""Format, weights and activations of each layer."""
 
 
 def mixed_gptq(source: Path, path: Path, *, decoded: bool) -> Path:
@@ -77,8 +86,8 @@ def mixed_gptq(source: Path, path: Path, *, decoded: bool) -> Path:
     return _by_layer(source, path, [gptq(*each) for each in GPTQ], configure, decoded)
 
 
-def mixed_compressed(source: Path, path: Path, form: str, *, decoded: bool) -> Path:
-    """Store layer n of a checkpoint as ``COMPRESSED[form][n]`` says."""
+def mixed_compressed(source: Path, path: Path, *, decoded: bool) -> Path:
+    """Store layer n of a checkpoint as ``COMPRESSED[n]`` says."""
     schemes = [
         QuantizationScheme(
             targets=[f"re:.*layers\\.{n}\\..*experts.*"],
@@ -86,18 +95,50 @@ def mixed_compressed(source: Path, path: Path, form: str, *, decoded: bool) -> P
             input_activations=None if inputs is None else QuantizationArgs(**inputs),
             format=form,
         )
-        for n, (weights, inputs) in enumerate(COMPRESSED[form])
+        for n, (form, weights, inputs) in enumerate(COMPRESSED)
     ]
 
     def configure(skipped: list[str]) -> dict[str, Any]:
         return QuantizationConfig(
             config_groups={f"group_{n}": scheme for n, scheme in enumerate(schemes)},
-            format=form,
+            format="mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=skipped,
         ).model_dump(mode="json")
 
-    return _by_layer(source, path, [_compressor(form, s) for s in schemes], configure, decoded)
+    return _by_layer(source, path, [_compressor(s) for s in schemes], configure, decoded)
+
+
+def awq_of(group: int) -> Store:
+    """How to store a checkpoint as AWQ, which knows one group size."""
+    quantise = awq(group)
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True,
+            "version": "gemm", "modules_to_not_convert": skipped,
+        }  # fmt: skip
+
+    return lambda source, path, *, decoded: quantise_experts(
+        source, path, lambda _, weight: quantise(weight), configure, decoded=decoded
+    )
+
+
+def fp8_of(activations: str) -> Store:
+    """How to store a checkpoint as fp8 with a scale a tensor, without compressed-tensors."""
+
+    def quantise(_: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        packed, value = fp8_tensor(weight)
+        if activations == "dynamic":
+            del packed["input_scale"]
+        return packed, value
+
+    def configure(skipped: list[str]) -> dict[str, Any]:
+        return {"quant_method": "fp8", "activation_scheme": activations, "ignored_layers": skipped}
+
+    return lambda source, path, *, decoded: quantise_experts(
+        source, path, quantise, configure, decoded=decoded
+    )
 
 
 def _by_layer(
@@ -115,17 +156,17 @@ def _by_layer(
     return quantise_experts(source, path, quantise, configure, decoded=decoded)
 
 
-def _compressor(form: str, scheme: QuantizationScheme) -> Quantise:
-    compressor = BaseCompressor.get_value_from_registry(form)
+def _compressor(scheme: QuantizationScheme) -> Quantise:
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
     assert scheme.weights is not None
 
     def quantise(weight_NK: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         state = {"weight": weight_NK, **_parameters(weight_NK, scheme)}
         packed = compressor.compress(state, scheme)
         packed["weight_scale"] = packed["weight_scale"].contiguous()
-        return packed, _decoded(packed, scheme)
+        return packed, decoded(packed)
 
-    def _decoded(packed: dict[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
+    def decoded(packed: dict[str, torch.Tensor]) -> torch.Tensor:
         if "weight_global_scale" not in packed:
             return compressor.decompress(dict(packed), scheme)["weight"].float()
         # Here the compressor would round to bfloat16.

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def engine(path: Path, family: str, **kwargs: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    with _small_heap():
+    with _small_heap(), _kernels_of_the_cpu_once():
         llm = LLM(str(path), **{**llm_kwargs(family), "max_model_len": 256, **kwargs})
         try:
             yield llm
@@ -51,6 +51,25 @@ def _small_heap() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     with mock.patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None):
+        yield
+
+
+@contextmanager
+def _kernels_of_the_cpu_once() -> Iterator[None]:
+    """Leave kernels that the process has replaced by those of the CPU as they are.
+
+    vLLM looks for them among all names of all modules at every start of an engine, which took
+    most of it, and puts one replacement around the other.
+    """
+    from vllm.triton_utils import dispatcher
+
+    register = dispatcher.register_kernels
+
+    def register_new(overrides: Mapping[str, Any]) -> None:
+        if not overrides.keys() <= dispatcher._registry.keys():
+            register(overrides)
+
+    with mock.patch.object(dispatcher, "register_kernels", register_new):
         yield
 
 

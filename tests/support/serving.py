@@ -129,16 +129,6 @@ def started(*args: Any, **kwargs: Any) -> Iterator[Server]:
         server.kill()
 
 
-@contextmanager
-def serve(path: Path, log: Path, *options: str) -> Iterator[str]:
-    """A server that answers; its URL."""
-    with started(path, log, *options) as server:
-        server.wait_until_healthy()
-        yield server.url
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) == 0, server.log[-4000:]
-
-
 def body(number: int, **more: Any) -> dict[str, Any]:
     """A request that differs from those of other numbers."""
     prompt = [3 + (number * 17 + i * (number + 3)) % 500 for i in range(1 + 3 * number % 40)]

@@ -80,6 +80,16 @@ def test_automatic_size_is_a_quarter():
     assert budget.slots == (32, 2, 0)
 
 
+@pytest.mark.parametrize(("increments", "slots"), [(0, 0), (20, 20), (31, 31), (32, 32), (99, 32)])
+def test_automatic_size_is_less_where_the_device_has_less(increments, slots):
+    pair = layers((128, PAGE), (128, 3 * PAGE))
+    spare = increments * 4 * PAGE + PAGE
+    assert plan_budget(pair, config(), spare_bytes=spare).slots == (slots, slots)
+    # Whoever says how many they are to be is refused if they do not fit.
+    assert plan_budget(pair, config(cache_fraction=0.5), spare_bytes=spare).slots == (64, 64)
+    assert plan_budget(pair, config(), borrows=True, spare_bytes=spare).slots == (0, 0)
+
+
 @given(demands, st.sampled_from([0, 0.25, 0.5, 1]), st.integers(0, 40))
 def test_staging_holds_two_rows(layers, share, extra_rows):
     automatic = plan_budget(layers, config(cache_fraction=share))

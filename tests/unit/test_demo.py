@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from vllm_moe_offload import cli, demo
+from vllm_moe_offload.demo.agreement import apart
 from vllm_moe_offload.demo.conversation import REQUESTS, Answer, DemoError, Outcome, Request
 from vllm_moe_offload.demo.report import texts_table
 from vllm_moe_offload.demo.server import Server, command, environment, free_port
@@ -42,13 +43,18 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/collective_rpc":
             return self.reply({"results": [stats]}, 200 if plugin else 500)
         if "messages" in body and "FAKE_NO_TEMPLATE" in os.environ:
-            return self.reply({"error": {"message": "provide a chat template"}}, 400)
+            return self.reply({"error": {"message": os.environ["FAKE_NO_TEMPLATE"]}}, 400)
         stats["hits"] += 10
         stats["bytes_moved"] += 2**20
         ids = [7 + shift] * body["max_tokens"]
         choice = {"token_ids": ids if body["return_token_ids"] else None}
         text = f"text {7 + shift}"
         choice |= {"message": {"content": text}} if "messages" in body else {"text": text}
+        logprob = -2.0 - float(os.environ.get("FAKE_ERROR", 0)) * plugin
+        if body.get("logprobs") is True:
+            choice["logprobs"] = {"content": [{"logprob": logprob}] * len(ids)}
+        elif "logprobs" in body:
+            choice["logprobs"] = {"token_logprobs": [logprob] * len(ids)}
         self.reply({"choices": [choice]})
 
     def log_message(self, *args):
@@ -137,8 +143,9 @@ def test_other_tokens_exit_one(vllm, monkeypatch, capsys):
     assert "token ids differ from position 0" in out
 
 
-def test_model_without_chat_template_is_asked_for_completions_only(vllm, monkeypatch, capsys):
-    monkeypatch.setenv("FAKE_NO_TEMPLATE", "1")
+@pytest.mark.parametrize("why", ["provide a chat template", "Token id 200008 is out of vocabulary"])
+def test_model_that_cannot_chat_is_asked_for_completions_only(vllm, monkeypatch, capsys, why):
+    monkeypatch.setenv("FAKE_NO_TEMPLATE", why)
     assert demo.run("some/model") == 0
     texts = capsys.readouterr().out.partition("request")[2]
     assert "chat " not in texts
@@ -291,6 +298,39 @@ def test_small_checkpoint_in_a_format(vllm, monkeypatch, capsys, form):
     config = json.loads((folder / "config.json").read_text())
     methods = {"fp8": "fp8", "w4a16": "compressed-tensors", "mxfp4": "mxfp4"}
     assert config["quantization_config"]["quant_method"] == methods[form]
+
+
+@pytest.mark.parametrize(
+    ("shift", "error", "status", "ending"),
+    [
+        (0, 0.0, 0, "identical: yes\nthe same but for rounding: yes"),
+        (1, 0.1, 0, "identical: no\nthe same but for rounding: yes"),
+        (0, 0.2, 1, "identical: yes\nthe same but for rounding: no"),
+        (1, -0.2, 1, "identical: no\nthe same but for rounding: no"),
+    ],
+)
+def test_format_is_the_same_but_for_rounding(
+    vllm, monkeypatch, capsys, shift, error, status, ending
+):
+    monkeypatch.setattr(demo, "version", lambda name: "0.33.0")
+    monkeypatch.setenv("FAKE_SHIFT", str(shift))
+    monkeypatch.setenv("FAKE_ERROR", str(error))
+    assert demo.run(None, None, "w4a16") == status
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(ending)
+    assert f"within {abs(error):.3f} of each other" in " ".join(out.split())
+
+
+def test_answers_are_compared_up_to_where_tokens_part():
+    request = Request("prompt", is_chat=False, with_logprobs=True)
+
+    def answer(tokens, logprobs):
+        return Answer(request, "text", tokens, logprobs)
+
+    ours = [answer([1, 2, 3], [-1.0, -2.0, -9.0]), answer([4, 5], [-1.0, -1.0])]
+    theirs = [answer([1, 7, 3], [-1.25, -2.5, -3.0]), answer([4, 5], [-1.0, -1.125])]
+    assert apart(ours, theirs) == 0.5
+    assert apart(ours[1:], theirs[1:]) == 0.125
 
 
 def test_formats_of_the_command_line_are_those_of_the_demo(capsys):

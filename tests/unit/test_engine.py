@@ -288,7 +288,9 @@ def test_rows_of_padding_are_as_if_they_had_chosen_nothing(tokens):
     y_TH = padded.run(0, x_TH, weight_TK, ids_TK, is_padding_T=is_padding_T)
     assert same_bits(y_TH, plain.run(0, x_TH, weight_TK, left_TK))
     # What a row takes is measured.
-    counted, expected = (replace(e.stats(), transfer_seconds=0) for e in (padded, plain))
+    counted, expected = (
+        replace(e.stats(), transfer_seconds=0, stall_seconds=0) for e in (padded, plain)
+    )
     assert counted == expected
     assert counted.active == 4
 
@@ -540,6 +542,16 @@ def test_layer_that_cannot_be_pinned_computes_the_same(monkeypatch):
     assert engine.stats().bytes_moved == pinned.demand_bytes + pinned.wave_bytes > 0
     assert pinned.transfer_seconds > 0
     engine.close()
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5])
+def test_time_of_transfers_is_counted_with_and_without_slots(fraction):
+    layer = example_layer()
+    engine = make_engine([layer], cache_fraction=fraction)
+    ids_TK = torch.tensor([[0, 1], [2, 3]])
+    engine.run(0, *inputs(layer, ids_TK), ids_TK)
+    stats = engine.stats()
+    assert stats.stall_seconds == stats.transfer_seconds > 0, "nothing was fetched ahead"
 
 
 def test_cost_of_memory_that_cannot_be_pinned():

@@ -65,10 +65,14 @@ def run(engine: OffloadEngine, tokens: int, seed: int) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("policy", ["lru", "adaptive"])
+@pytest.mark.parametrize(
+    ("policy", "ahead"),
+    [("lru", {}), ("adaptive", {}), ("adaptive", {"predictor": "markov", "prefetch_mb": 1})],
+    ids=["lru", "adaptive", "ahead"],
+)
 @pytest.mark.parametrize("least", [0, 1, 3])
-def test_the_same_bits_wherever_the_boundary_is(policy, least):
-    mine = build(borrows=True, policy=policy)
+def test_the_same_bits_wherever_the_boundary_is(policy, ahead, least):
+    mine = build(borrows=True, policy=policy, **ahead)
     theirs = build(borrows=False, policy=policy, cache_fraction=0.5)
     assert all(map(torch.equal, run(mine, 5, 99), run(theirs, 5, 99)))  # everything streams
     buffer, rng = borrow(mine, least), random.Random(least)
@@ -82,6 +86,7 @@ def test_the_same_bits_wherever_the_boundary_is(policy, least):
         first = mine.borrower.boundary.first_block(mine.borrower.increments)
         assert not buffer[: first * mine.borrower.boundary.block_bytes].any()
     assert mine.stats().hits > 0
+    assert (mine.stats().prefetched > 0) == bool(ahead)
 
 
 def test_statistics_tell_what_is_open():

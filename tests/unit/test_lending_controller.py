@@ -1,5 +1,7 @@
 """What the policy measures and how it decides, one cause at a time."""
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_moe_offload.lending.boundary import Boundary
@@ -88,6 +90,27 @@ def test_gives_back_what_the_prefix_cache_has_lost_and_waits():
     assert policy.decide(standing(45)) == MOST
 
 
+@pytest.mark.parametrize("back", [3, 5, 50])
+def test_what_it_gives_back_takes_as_many_steps_as_it_needs(back):
+    """A step may be longer than the interval, and a lender returns only a few in one."""
+    policy = policy_after(20, lost_tokens=5000, depth=10 * back)
+    policy._boundary = replace(BOUNDARY, least_increments=0)
+    wish = policy.decide(standing(50))
+    assert wish == 50 - back
+    for lent in range(49, wish, -2):
+        policy.step(INTERVAL_S * 2, 1)
+        assert policy.decide(standing(lent)) == wish
+    policy.step(INTERVAL_S * 2, 1)
+    assert policy.decide(standing(wish)) == wish
+
+
+def test_what_requests_lack_meanwhile_counts():
+    policy = policy_after(20, lost_tokens=5000, depth=45)
+    assert policy.decide(standing(50)) == 45
+    policy.lacked()
+    assert policy.decide(standing(48)) == 48
+
+
 def test_slots_that_save_more_stay():
     policy = policy_after(20, lost_tokens=5, depth=45, miss_bytes=40 * 10**9)
     assert policy.decide(standing(50, cached=500, in_run=10)) >= 50
@@ -98,10 +121,20 @@ def test_keeps_the_least():
     assert policy.decide(standing(5)) == BOUNDARY.min_increments == 3
 
 
-def test_rests_after_requests_took_blocks_back():
+def test_nothing_is_lent_while_a_request_waits():
+    policy = AutoPolicy(BOUNDARY)
+    for _ in range(10):
+        policy.lacked()
+        assert policy.decide(standing(3)) == 3
+        policy.step(REST_S / 2, 1)
+    policy.step(REST_S, 1)
+    assert policy.decide(standing(3)) == MOST
+
+
+def test_rests_after_requests_lacked_blocks():
     policy = AutoPolicy(BOUNDARY)
     assert policy.decide(standing(0)) == MOST
-    policy.took_back()
+    policy.lacked()
     assert policy.decide(standing(40)) == 40
     policy.step(REST_S / 2, 1)
     assert policy.decide(standing(40)) == 40
@@ -125,7 +158,7 @@ def test_fixed_split():
     policy.step(1.0, 1)
     policy.missed(1, 1.0)
     policy.looked_up(1, 1, 1)
-    policy.took_back()
+    policy.lacked()
     assert policy.decide(standing(0)) == 7
     assert not policy.gives_way
 

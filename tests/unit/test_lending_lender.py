@@ -7,7 +7,7 @@ import pytest
 from vllm_moe_offload.lending import lender as module
 from vllm_moe_offload.lending.boundary import Boundary
 from vllm_moe_offload.lending.controller import FixedPolicy, Standing
-from vllm_moe_offload.lending.lender import Lender
+from vllm_moe_offload.lending.lender import REACH, Lender
 from vllm_moe_offload.lending.orders import Order, Report
 
 PAGE = 4096
@@ -43,10 +43,10 @@ class Yielding(FixedPolicy):
 
     def __init__(self, increments: int) -> None:
         super().__init__(increments)
-        self.taken_back = 0
+        self.lacks = 0
 
-    def took_back(self) -> None:
-        self.taken_back += 1
+    def lacked(self) -> None:
+        self.lacks += 1
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_takes_back_what_a_waiting_request_needs_over_some_steps(pool, monkeypat
             assert lender.make_room(running=False)
         assert not lender.make_room(running=False)
         assert lender.ledger.lent == expected
-    assert policy.taken_back == 6
+    assert policy.lacks == 8
     assert lender.step_scheduled() == Order(2, 14)
 
 
@@ -95,6 +95,15 @@ def test_a_running_request_gets_all_but_the_least(pool, monkeypatch):
         pass
     assert lender.ledger.lent == BOUNDARY.min_increments == 2
     assert len(pool.free) == 100 - 8
+
+
+def test_the_policy_hears_of_a_request_that_there_is_nothing_for(pool, monkeypatch):
+    """It would lend again what the request waits for, and the prefix cache would lose that."""
+    policy = Yielding(BOUNDARY.min_increments)
+    lender = lender_of(pool, policy, monkeypatch)
+    lender.step_begins()
+    assert not lender.make_room(running=False)
+    assert policy.lacks == 1
 
 
 def test_held_blocks_come_back_first_and_cost_nobody_a_slot(pool, monkeypatch):
@@ -121,6 +130,27 @@ def test_waits_for_a_block_in_use(pool, monkeypatch):
     lender.step_begins()
     assert lender.step_scheduled() == Order(1, 3)
     lender.book.file(Report(1, 3))
+
+
+def test_what_lies_far_below_a_block_in_use_stays_vllms(pool, monkeypatch):
+    """The prefix cache would lose it for nothing."""
+    lender = lender_of(pool, FixedPolicy(20), monkeypatch, taken=10)
+    pool.free.discard(BOUNDARY.num_blocks - 1)
+    for _ in range(9):
+        lender.step_begins()
+    assert len(lender.ledger.held) == REACH * 10 - 1
+    assert lender.ledger.held == set(BOUNDARY.blocks(0, 5)) - {BOUNDARY.num_blocks - 1}
+    pool.free.add(BOUNDARY.num_blocks - 1)
+    for _ in range(9):
+        lender.step_begins()
+    assert lender.ledger.lent == 20
+
+
+def test_a_step_that_may_take_less_than_an_increment_still_lends(pool, monkeypatch):
+    lender = lender_of(pool, FixedPolicy(20), monkeypatch, taken=1)
+    for _ in range(80):
+        lender.step_begins()
+    assert lender.ledger.lent == 20
 
 
 def test_a_smaller_wish_gives_back_a_little_a_step(pool, monkeypatch):

@@ -69,6 +69,7 @@ def test_metric_set():
         ("transfer_seconds_total", "0", "1", "host", "wave"): 1,
         ("transfer_seconds_total", "0", "0", "host", "prefetch"): 0.75,
         ("transfer_seconds_total", "0", "1", "host", "prefetch"): 0.75,
+        ("stall_seconds_total", "0", "0"): 2.25, ("stall_seconds_total", "0", "1"): 2.25,
         ("prefetched_total", "0", "0"): 3, ("prefetched_total", "0", "1"): 3,
         ("prefetch_hits_total", "0", "0"): 2, ("prefetch_hits_total", "0", "1"): 2,
         ("predicted_total", "0", "0"): 9, ("predicted_total", "0", "1"): 9,
@@ -348,7 +349,7 @@ def test_line(make):
     engine.hits = 6
     assert line(engine.total(engine.layer_counts())) == (
         "moe-offload: 50.0% of 12 active experts were in slots, 6 missed; moved 0.00 GiB (0.00 on "
-        "demand, 0.00 in waves, 0.00 ahead) in 0.0 s, 2 of 2 slots in use"
+        "demand, 0.00 in waves, 0.00 ahead) in 0.0 s, stalls of 0.0 s at most, 2 of 2 slots in use"
     )
 
 
@@ -356,10 +357,12 @@ def test_line_with_predictions(make):
     engine, *_ = make()
     stats = replace(
         engine.total(engine.layer_counts()), demand_bytes=1 << 30, prefetch_bytes=3 << 30,
-        bytes_moved=4 << 30, transfer_seconds=2.54, foreseeable=8, found=6,
+        bytes_moved=4 << 30, transfer_seconds=2.54, stall_seconds=0.61, foreseeable=8, found=6,
     )  # fmt: skip
-    moved = "moved 4.00 GiB (1.00 on demand, 0.00 in waves, 3.00 ahead) in 2.5 s, 2 of 2 slots in "
-    coverage = "use, 75.0% of active experts were foreseen"
+    moved = (
+        "moved 4.00 GiB (1.00 on demand, 0.00 in waves, 3.00 ahead) in 2.5 s, stalls of 0.6 s at "
+    )
+    coverage = "most, 2 of 2 slots in use, 75.0% of active experts were foreseen"
     assert line(stats).endswith(moved + coverage)
     fetched = replace(stats, prefetched=10, prefetch_hits=9)
     assert line(fetched).endswith(moved + coverage + ", 90.0% of those moved ahead were read")
@@ -398,5 +401,5 @@ def test_counts_of_a_layer():
     assert (LAYER.prefetch_bytes, LAYER.coverage, LAYER.precision) == (300, 7 / 8, 2 / 3)
     assert replace(LAYER, foreseeable=0).coverage is None
     assert replace(LAYER, prefetched=0).precision is None
-    assert LAYER.transfer_seconds == 12 * 0.25
+    assert (LAYER.transfer_seconds, LAYER.stall_seconds) == (12 * 0.25, 9 * 0.25)
     assert LayerCounts(**asdict(LAYER)) == LAYER

@@ -4,13 +4,16 @@ import ast
 import importlib.util
 import json
 import shlex
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.checkpoints import make_checkpoint
 from vllm_moe_offload.config import MoeOffloadConfig
+from vllm_moe_offload.plan import command
 from vllm_moe_offload.plan.planner import GPU_UTILISATION
 from vllm_moe_offload.sizes import GIB, format_size
 
@@ -110,6 +113,11 @@ def test_tables(capsys, moe):
     assert max(len(line) for line in text.splitlines() if "vllm serve" not in line) < 110
 
 
+def test_rows_that_are_smaller_than_what_is_stored(capsys, moe):
+    assert "vLLM serves F32 in 16 bits" in plan(capsys, moe)
+    assert "16 bits" not in plan(capsys, moe, "--dtype", "float32")
+
+
 def test_what_the_default_size_of_the_slots_does(capsys, moe):
     answer = plan_json(capsys, moe)
     assert answer["automatic"]["slots_per_layer"] == 4
@@ -120,6 +128,11 @@ def test_what_the_default_size_of_the_slots_does(capsys, moe):
     small = plan(capsys, moe, "--gpu-gb", "1.6", "--concurrency", "40")
     assert f"{with_auto}{size} in all, for which " in small
     assert " are lacking." in small
+
+
+def test_predictors_are_those_of_the_option():
+    names = get_args(MoeOffloadConfig.model_fields["predictor"].annotation)
+    assert names == command._PREDICTORS, "named twice, as plan does without the options' imports"
 
 
 def test_tables_of_a_predictor(capsys, moe):
@@ -195,4 +208,19 @@ def test_bad_arguments(capsys, moe, arguments):
     with pytest.raises(SystemExit) as status:
         cli.main(["plan", str(moe), *arguments])
     assert status.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert arguments[0] in error
+    assert " _" not in error, "names of functions mean nothing to a user"
+
+
+def test_longer_than_the_model_allows(capsys, moe, tmp_path):
+    assert plan_json(capsys, moe, "--max-model-len", "4096")["fits"]
+    assert cli.main(["plan", str(moe), "--max-model-len", "4097"]) == 2
+    error = capsys.readouterr().err
+    assert "--max-model-len = 4097: the model has 4096 positions" in error
+
+    stretched = shutil.copytree(moe, tmp_path / "stretched")
+    config = json.loads((moe / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    (stretched / "config.json").write_text(json.dumps(config))
+    assert plan_json(capsys, stretched, "--max-model-len", "9000")["fits"]

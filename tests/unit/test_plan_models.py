@@ -2,9 +2,9 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -219,6 +219,12 @@ def test_deepseek_v3_in_fp8():
     assert model.kv_cache.bytes_per_token(2) == 61 * (512 + 64) * 2
 
 
+def children_seconds() -> float:
+    """Time on a processor, which does not depend on what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_hundreds_of_gigabytes_in_seconds(tmp_path):
     """By the real command, which must not import what is slow to import."""
     tensors = deepseek_v3()
@@ -230,9 +236,9 @@ def test_hundreds_of_gigabytes_in_seconds(tmp_path):
         "print(sorted(slow & set(sys.modules)), file=sys.stderr)\nsys.exit(status)"
     )
     command = [sys.executable, "-c", code, "plan", str(folder), "--json", "--host-gb", "1000"]
-    start = time.monotonic()
+    before = children_seconds()
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    seconds = time.monotonic() - start
+    seconds = children_seconds() - before
     assert (result.returncode, result.stderr) == (0, "[]\n")
     answer = json.loads(result.stdout)
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -80,3 +80,21 @@ def test_rows_are_those_of_the_engine(stored):
             tensor.num_bytes for tensor in layout.tensors
         )
         assert layer.row_bytes(2) == layout.row_bytes
+
+
+NOT_MOVED = ("g_idx", "weight_shape", "input_scale", "input_global_scale")
+"""What checkpoints store for an expert, and nobody multiplies by."""
+
+
+@pytest.mark.parametrize("form", quantised_checkpoints.FORMATS)
+def test_a_miss_moves_what_the_checkpoint_has_for_an_expert_of_a_real_model(form):
+    """Qwen3-30B-A3B's; for gpt-oss-120b's size see the padding of rows."""
+    columns, hidden, intermediate = 2 * 768, 2048, 768
+    left_out = (*NOT_MOVED, "qzeros") if form.startswith("gptq") else NOT_MOVED
+    torch.manual_seed(0)
+    stored = 0
+    for rows, terms in ((columns // 2, hidden), (columns // 2, hidden), (hidden, intermediate)):
+        packed, _ = quantised_checkpoints._QUANTISERS[form](torch.randn(rows, terms))
+        stored += sum(part.nbytes for name, part in packed.items() if name not in left_out)
+    row_bytes = layout_of(SAME[form], columns, hidden, intermediate, None).row_bytes
+    assert stored <= row_bytes < 1.01 * stored

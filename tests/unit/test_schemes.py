@@ -125,6 +125,21 @@ def test_a_row_holds_what_travels_alone():
             "actorder",
         ),
         (
+            "AutoGPTQMoEMethod",
+            {"quant_config": config(**INTEGERS, desc_act=False, is_sym=False)},
+            "zero points",
+        ),
+        (
+            "AutoAWQMoEMethod",
+            {"quant_config": config(**INTEGERS, zero_point=False)},
+            "without zero points",
+        ),
+        (
+            "MoeWNA16Method",
+            {"quant_config": config(**INTEGERS, has_zp=False, linear_quant_method="awq")},
+            "without zero points",
+        ),
+        (
             "Fp8MoEMethod",
             {"quant_config": config(is_checkpoint_fp8_serialized=False)},
             "not quantised itself",

@@ -261,7 +261,7 @@ def assert_ends_cleanly(server, place, number):
         server.process.send_signal(number)
         assert server.process.wait(30) == 0, server.log[-4000:]
     assert_gone(server, place, 5)
-    assert not any(Path(name).exists() for name in memory)
+    assert {name for name in memory if Path(name).exists()} == set()
     assert not folders(place)
     # vLLM's own processes report the requests that were cut off, none of ours has failed.
     assert "/vllm_moe_offload/" not in server.log, server.log[-6000:]
@@ -299,8 +299,10 @@ def test_killed_server(start, place):
         assert len(server.processes()) >= 4, "API server, engine and two workers"
         os.kill(server.process.pid, signal.SIGKILL)
     assert_gone(server, place)
-    # Requests are cut off and the engine ends as for a signal: what is killed leaves its memory.
-    assert not any(Path(name).exists() for name in memory)
+    # The engine ends as for a signal. It kills workers that take seconds to end, and then buffers
+    # of vLLM's CPU communicator stay, which nobody pins.
+    left = {name for name in memory if Path(name).exists()}
+    assert {name for name in left if "-cpushm_" not in name} == set()
     assert len(folders(place)) == 1, "there was nobody left to remove it"
 
 

@@ -6,19 +6,25 @@ activations as well, that is switched off for this comparison.
 """
 
 import pytest
-from quantised import copy_with, family_of
+from quantised import family_of
 from reference import PROMPTS
 from safetensors.torch import load_file
 from served import engine, generate, offloaded, tokens
+from shares import by_share
 
 from vllm_moe_offload import layer
 from vllm_moe_offload.layout import ROW_ALIGNMENT, TENSOR_ALIGNMENT
 from vllm_moe_offload.plan.checkpoint import read_checkpoint
 from vllm_moe_offload.plan.model import describe
-from vllm_moe_offload.quantised_checkpoints import FORMATS
+from vllm_moe_offload.quantised_checkpoints import (
+    FORMATS,
+    gptq,
+    gptq_config,
+    quantise_experts,
+)
 from vllm_moe_offload.schemes import _SCHEMES
 
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 TOLERANCE = 1e-4
 LAYERS, EXPERTS = 2, 8
 
@@ -99,7 +105,7 @@ def expert_bytes(path, form):
 def test_bits_and_bytes_whatever_is_resident(quantised, form):
     """In bfloat16, where scales have the size that they have in the checkpoint."""
     path = quantised(form)
-    results = [run(path, form, share, dtype="bfloat16") for share in (0.0, 0.25, 1.0)]
+    results = by_share(path, family_of(form), (0.0, 0.25, 1.0), MAX_TOKENS, dtype="bfloat16")
     assert results[0][0] == results[1][0] == results[2][0]
     assert results[0][1]["hits"] == 0 < results[1][1]["hits"]
     for _, stats in results[:2]:
@@ -110,15 +116,26 @@ def test_bits_and_bytes_whatever_is_resident(quantised, form):
         assert 0 <= row_bytes - expert_bytes(path, form) < ROW_ALIGNMENT + 10 * TENSOR_ALIGNMENT
 
 
-def test_gptq_through_vllms_other_method(quantised, tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_through_vllms_other_method(checkpoint, tmp_path, bits):
     """``moe_wna16`` has another order of codes, made by vLLM while it loads."""
-    for form in ("gptq", "gptq-8bit"):
-        skipped = {r"-:.*(self_attn|lm_head|mlp\.gate).*": {}}
-        path = copy_with(quantised(form), tmp_path / form, dynamic=skipped)
-        (one, _), (other, _) = (
-            run(path, form, 0.25, quantization=method) for method in (None, "moe_wna16")
-        )
-        assert one == other
+    source = checkpoint("qwen3_moe", num_layers=1, intermediate_size=128)
+    quantise = gptq(bits)
+
+    def configure(_skipped):
+        config = gptq_config(bits, 32, [])
+        return {**config, "dynamic": {r"-:.*(self_attn|lm_head|mlp\.gate).*": {}}}
+
+    stored, decoded = (
+        quantise_experts(source, tmp_path / str(d), lambda _, w: quantise(w), configure, decoded=d)
+        for d in (False, True)
+    )
+    with engine(decoded, "qwen3_moe") as llm:
+        expected = generate(llm, PROMPTS, MAX_TOKENS)
+    actual, _ = run(stored, "gptq", 0.25, quantization="moe_wna16")
+    assert tokens(actual) == tokens(expected)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=TOLERANCE)
 
 
 def test_fp8_rounds_activations(quantised, monkeypatch):

@@ -1,6 +1,8 @@
 """``vllm serve`` with the plugin, over HTTP."""
 
+import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -8,9 +10,10 @@ from importlib.resources import files
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import MAX_TOKENS, cancel_half_way, complete, serve
+from serving import MAX_TOKENS, cancel_half_way, complete, started
 
 from vllm_moe_offload import cli
+from vllm_moe_offload.lifeline import is_orphaned
 from vllm_moe_offload.metrics.families import PREFIX
 
 REQUESTS = 32
@@ -18,12 +21,23 @@ REQUESTS = 32
 
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with serve(checkpoint("olmoe"), log, "--moe-offload-stats-interval-s", "2") as url:
-        yield url
-    text = log.read_text()
-    assert "MoE layers of 8 experts" in text
-    assert "active experts were in slots" in text
+    """URL of a server with two API servers, of which one is killed in the end."""
+    folder = tmp_path_factory.mktemp("serve")
+    options = ("--moe-offload-stats-interval-s", "2", "--api-server-count", "2")
+    with started(checkpoint("olmoe"), folder / "log", *options, temporary=folder) as running:
+        running.wait_until_healthy()
+        yield running.url
+        end_by_a_kill(running, "APIServer_1", folder)
+        assert "MoE layers of 8 experts" in running.log
+        assert "active experts were in slots" in running.log
+
+
+def end_by_a_kill(running, name, folder):
+    """Kill one process; all others have to end, and what they left is nobody's."""
+    (pid,) = [pid for pid, command in running.processes().items() if name in command]
+    os.kill(pid, signal.SIGKILL)
+    running.wait_until(lambda: not running.processes(), 30)
+    assert all(is_orphaned(pages / ".claim") for pages in folder.glob("vllm-moe-offload-*"))
 
 
 def test_concurrent_answers_equal_those_of_the_request_alone(server):
@@ -136,11 +150,8 @@ def test_watch(server, capsys):
     assert [f"layer {n} " in shown for n in range(5)] == [True] * 4 + [False]
 
 
-def test_metrics_of_every_api_server(checkpoint, tmp_path):
-    with serve(checkpoint("olmoe"), tmp_path / "log", "--api-server-count", "2") as url:
-        for number in range(4):
-            complete(url, number)
-        found = settled_metrics(url)
-        assert found["hits_total", "0", None] > 0
-        # Every connection may reach another server.
-        assert [metrics(url) for _ in range(10)] == [found] * 10
+def test_metrics_of_every_api_server(server):
+    found = settled_metrics(server)
+    assert found["hits_total", "0", None] > 0
+    # Every connection may reach another of the two.
+    assert [metrics(server) for _ in range(10)] == [found] * 10

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import killed
 import pytest
 import sharing
 from cpu_settings import env, llm_kwargs
+from safetensors.torch import load_file
 from served import engine, offloaded
 from sharing import check, core_of, poisoned_moves, prompts, serve, worker_of
 
@@ -46,6 +48,15 @@ def layers_side_by_side():
         yield
 
 
+def bytes_outside_experts(path):
+    """Of a checkpoint's tensors, all of which are served in 32 bits."""
+    tensors = (load_file(file) for file in path.glob("*.safetensors"))
+    return sum(
+        4 * tensor.numel()
+        for file in tensors for name, tensor in file.items() if ".experts." not in name
+    )  # fmt: skip
+
+
 def settings(**options):
     return {**SIZES, **offloaded(**options)}
 
@@ -70,10 +81,19 @@ def fixed_answers(path):
 @pytest.fixture(scope="module")
 def answers_of_an_arena(path):
     """Without any option, in the layout that the backend names: split once, with the reason."""
-    with engine(path, "qwen3_moe", **settings()) as llm:
+    with (
+        mock.patch.object(lending.logger, "info") as info,
+        engine(path, "qwen3_moe", **settings()) as llm,
+    ):
+        said = [call.args[0] % call.args[1:] for call in info.call_args_list]
+        (line,) = [line for line in said if "dense weights" in line]
+        assert "slots for 16 of 64 experts, KV cache of 4096 tokens, not shared: " in line
         (offload,) = worker_of(llm).moe_offload_engines
         assert "CPU_ATTN keeps the layers of a block apart" in offload.not_shared
         assert offload.budget.slots == (SHAPE["num_experts"] // 4,) * SHAPE["num_layers"]
+        share = worker_of(llm).moe_offload_share()
+        assert share.dense_bytes == bytes_outside_experts(path)
+        assert share.slots == sum(offload.budget.slots)
         return serve(llm, PROMPTS, TOKENS)
 
 

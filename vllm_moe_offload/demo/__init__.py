@@ -7,6 +7,8 @@ and together start no sooner. vLLM is not imported here.
 
 import shlex
 import signal
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_moe_offload.checkpoints import make_checkpoint
-from vllm_moe_offload.demo.conversation import REQUESTS, DemoError, Outcome
+from vllm_moe_offload.demo.agreement import ROUNDING, apart
+from vllm_moe_offload.demo.conversation import REQUESTS, DemoError, Outcome, Request
 from vllm_moe_offload.demo.report import Progress, figures_table, texts_table
 from vllm_moe_offload.demo.server import Server, command, environment
 
@@ -28,7 +31,10 @@ FORMATS = tuple(_FORMATS)
 
 
 def run(model: str | None, dtype: str | None = None, form: str | None = None) -> int:
-    """Run the demo and return its exit status: 0 if all token ids are identical.
+    """Run the demo and return its exit status: 0 if the servers say the same.
+
+    Token ids are to be identical; with a format, which stock vLLM multiplies in 16 bits alone,
+    they may part where rounding decides.
 
     Args:
         model: a checkpoint's folder or name on the hub; None makes a small random one.
@@ -59,10 +65,13 @@ def _compare(console: Console, model: str | None, dtype: str | None, form: str |
     dtype = dtype or ("float32" if form is None and (on_cpu or model is None) else "auto")
     FOLDER.mkdir(exist_ok=True)
     model = model or str(_small_checkpoint(console, form))
-    offloaded = _serve(console, model, dtype, on_cpu, plugin=True)
-    stock = _serve(console, model, dtype, on_cpu, plugin=False)
+    requests = [replace(request, with_logprobs=bool(form)) for request in REQUESTS]
+    offloaded = _serve(console, model, dtype, on_cpu, requests, plugin=True)
+    stock = _serve(console, model, dtype, on_cpu, requests, plugin=False)
     identical = [a.token_ids for a in offloaded.answers] == [a.token_ids for a in stock.answers]
     console.print(texts_table(offloaded, stock), figures_table(offloaded, stock), sep="\n")
+    if form:
+        return _say_how_far_apart(console, identical, apart(offloaded.answers, stock.answers))
     if not identical and dtype != "float32":
         console.print(
             "In 16 bit, two correct implementations may choose differently where two tokens are "
@@ -72,7 +81,26 @@ def _compare(console: Console, model: str | None, dtype: str | None, form: str |
     return 0 if identical else 1
 
 
-def _serve(console: Console, model: str, dtype: str, on_cpu: bool, plugin: bool) -> Outcome:
+def _say_how_far_apart(console: Console, identical: bool, distance: float) -> int:
+    agree = distance <= ROUNDING
+    console.print(
+        f"Up to the first token that differs, log-probabilities are within {distance:.3f} of each "
+        f"other. Both servers round to 16 bits in places of their own, which explains {ROUNDING}.",
+        f"identical: {'yes' if identical else 'no'}",
+        f"the same but for rounding: {'yes' if agree else 'no'}",
+        sep="\n",
+    )
+    return 0 if agree else 1
+
+
+def _serve(
+    console: Console,
+    model: str,
+    dtype: str,
+    on_cpu: bool,
+    requests: Sequence[Request],
+    plugin: bool,
+) -> Outcome:
     line = command(model, dtype, plugin)
     log = FOLDER / ("moe-offload.log" if plugin else "stock.log")
     console.print(Text(f"$ vllm {shlex.join(line[line.index('serve') :])}"), soft_wrap=True)
@@ -80,8 +108,8 @@ def _serve(console: Console, model: str, dtype: str, on_cpu: bool, plugin: bool)
         with Progress(console) as progress:
             seconds = server.wait_until_healthy(progress)
         console.print(f"  ready after {seconds:.0f} s, log in {log}")
-        console.print(f"  sending {len(REQUESTS)} requests at once")
-        outcome = server.ask(REQUESTS, with_stats=plugin)
+        console.print(f"  sending {len(requests)} requests at once")
+        outcome = server.ask(requests, with_stats=plugin)
     tokens = sum(len(a.token_ids) for a in outcome.answers)
     console.print(f"  {tokens} tokens in {outcome.seconds:.1f} s")
     return outcome
@@ -108,7 +136,8 @@ def _small_checkpoint(console: Console, form: str | None) -> Path:
             Path(scratch) / "plain",
             family,
             dtype="bfloat16" if form else "float32",
-            num_layers=6,
+            # Rounding in a layer of experts may choose other experts in the next one.
+            num_layers=1 if form else 6,
             num_experts=32,
             top_k=4,
             hidden_size=256,

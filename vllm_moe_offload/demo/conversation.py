@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import httpx  # vLLM's server depends on it
@@ -19,10 +19,14 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One request to the OpenAI API: greedy, of fixed length, answered with its token ids."""
+    """One request to the OpenAI API: greedy, of fixed length, answered with its token ids.
+
+    ``with_logprobs`` asks for the log-probability of each of these tokens as well.
+    """
 
     text: str
     is_chat: bool
+    with_logprobs: bool = False
 
     @property
     def path(self) -> str:
@@ -38,7 +42,12 @@ class Request:
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
+            **(self._logprobs() if self.with_logprobs else {}),
         }
+
+    def _logprobs(self) -> dict[str, Any]:
+        """Ask for those of the chosen tokens alone."""
+        return {"logprobs": True, "top_logprobs": 0} if self.is_chat else {"logprobs": 0}
 
 
 _PROMPTS = (
@@ -66,6 +75,7 @@ class Answer:
     request: Request
     text: str
     token_ids: list[int]
+    logprobs: list[float] = field(default_factory=list)
 
     @classmethod
     def parse(cls, request: Request, reply: Mapping[str, Any]) -> Self:
@@ -78,7 +88,14 @@ class Answer:
         if not choice.get("token_ids"):
             raise DemoError(f"The server returned no token ids for {request.text!r}.")
         text = choice["message"].get("content") if request.is_chat else choice["text"]
-        return cls(request, text or "", choice["token_ids"])
+        logprobs = _logprobs_of(request, choice) if request.with_logprobs else []
+        return cls(request, text or "", choice["token_ids"], logprobs)
+
+
+def _logprobs_of(request: Request, choice: Mapping[str, Any]) -> list[float]:
+    if request.is_chat:
+        return [token["logprob"] for token in choice["logprobs"]["content"]]
+    return list(choice["logprobs"]["token_logprobs"])
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Outcome:
 
 
 async def ask(url: str, requests: Sequence[Request], with_stats: bool) -> Outcome:
-    """Send all requests at once, chats as completions if the model has no chat template."""
+    """Send all requests at once, chats as completions if the model cannot chat."""
     async with httpx.AsyncClient(
         base_url=url, timeout=_ANSWER_TIMEOUT_S, trust_env=False
     ) as client:
@@ -122,7 +139,8 @@ async def _can_chat(client: httpx.AsyncClient) -> bool:
     try:
         await _answer(client, Request("Hello", is_chat=True), max_tokens=4)
     except httpx.HTTPStatusError as error:
-        if "chat template" in error.response.text:
+        # No chat template, or one with tokens that a small vocabulary lacks.
+        if error.response.is_client_error:
             return False
         raise
     return True

@@ -35,7 +35,7 @@ PEAK_S = 1.0
 """Busy seconds for which the requests' largest use of blocks is kept free for them."""
 
 REST_S = 0.5
-"""Busy seconds without lending after requests have taken blocks back."""
+"""Busy seconds without lending after a request has lacked blocks."""
 
 ADVANTAGE = 1.25
 """A move must save so many times what it costs."""
@@ -185,8 +185,8 @@ class Policy(Protocol):
         ``depth`` is the number of blocks that would have kept the latter.
         """
 
-    def took_back(self) -> None:
-        """Note that requests needed blocks that were lent."""
+    def lacked(self) -> None:
+        """Note that a request lacks blocks, whether or not there are any to give back."""
 
 
 class FixedPolicy:
@@ -214,7 +214,7 @@ class FixedPolicy:
     def looked_up(self, hit_tokens: int, lost_tokens: int, depth: int) -> None:
         """See ``Policy``."""
 
-    def took_back(self) -> None:
+    def lacked(self) -> None:
         """See ``Policy``."""
 
 
@@ -238,7 +238,7 @@ class AutoPolicy:
         self._prompts = PromptCost()
         self._peaks: deque[tuple[float, int]] = deque()
         self._granted_blocks = 0
-        self._wish = 0
+        self._wish: int | None = None
 
     def step(self, seconds: float, tokens: int) -> None:
         """See ``Policy``."""
@@ -259,19 +259,21 @@ class AutoPolicy:
             self._lost.add(self._now, lost_tokens)
             self._depths.add(self._now, lost_tokens * (depth - self._granted_blocks))
 
-    def took_back(self) -> None:
+    def lacked(self) -> None:
         """See ``Policy``."""
         self._lend_at = max(self._lend_at, self._now + REST_S)
-        self._wish = 0
+        self._wish = None
 
     def decide(self, standing: Standing) -> int:
         """See ``Policy``."""
-        most = self._most(standing)
-        if self._now < self._decide_at:
-            return min(self._wish, most) if self._wish else standing.lent
-        self._decide_at = self._now + INTERVAL_S
-        self._wish = self._weigh(standing, most)
-        return self._wish
+        most, least = self._most(standing), self._boundary.min_increments
+        if self._wish is not None and standing.lent > max(self._wish, least):
+            return self._wish  # a step gives back no more than a few
+        if self._now >= self._decide_at:
+            self._decide_at = self._now + INTERVAL_S
+            self._wish = self._weigh(standing, most)
+            return self._wish
+        return standing.lent if self._wish is None else min(self._wish, most)
 
     def _weigh(self, standing: Standing, most: int) -> int:
         lent = standing.lent

@@ -36,7 +36,9 @@ class Ledger:
             Held ids that are not wished for any more, ascending, to be given back.
         """
         assert increments <= self.boundary.max_increments
-        self.wished = max(self.lent, increments)
+        before, self.wished = self.wished, max(self.lent, increments)
+        if self.wished >= before:
+            return []
         first = self.boundary.first_block(self.wished)
         return self._release(id_ for id_ in self.held if id_ < first)
 

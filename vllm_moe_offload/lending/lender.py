@@ -18,6 +18,10 @@ much."""
 TAKEN_BLOCKS_PER_SECOND = 400_000
 """Rate at which the pool's linked list and hash map let go of blocks, in plain Python."""
 
+REACH = 2
+"""Blocks that are wished for, in those that a step may take. A block in use holds up whatever lies
+below it, and the prefix cache would lose that for nothing."""
+
 WINDOW_BLOCKS = 64
 """Coldest free blocks among which the lowest are used first, and never fewer than four times as
 many as are needed. Requests settle low in the buffer and stay out of the way of lending, and the
@@ -63,6 +67,8 @@ class Lender:
         back = int(STALL_S * ZEROED_BYTES_PER_SECOND) // boundary.increment_bytes
         self._back_a_step = max(1, back)
         self._taken_a_step = int(STALL_S * TAKEN_BLOCKS_PER_SECOND)
+        reach = REACH * self._taken_a_step * boundary.block_bytes
+        self._reach = max(1, reach // boundary.increment_bytes)
         self._back = 0
 
     def opens(self) -> Order | None:
@@ -87,7 +93,7 @@ class Lender:
         ledger = self.ledger
         run = self.boundary.blocks(ledger.lent, min(ledger.lent + 1, self._most))
         wish = self._policy.decide(self._pool.standing(ledger.lent, run))
-        wish = min(max(wish, self._least), self._most)
+        wish = min(max(wish, self._least), self._most, ledger.lent + self._reach)
         if wish < ledger.lent:
             self._recall(max(wish, ledger.lent - self._back_a_step))
             return
@@ -111,12 +117,12 @@ class Lender:
         """
         if not self._policy.gives_way:
             return False
+        self._policy.lacked()
         held = bool(self.ledger.held)
         at_least = self.ledger.lent <= self._least
         exhausted = not running and self._back >= self._back_a_step
         if not held and (at_least or exhausted):
             return False
-        self._policy.took_back()
         self._recall(self.ledger.lent - (0 if held else 1))
         return True
 

@@ -28,6 +28,11 @@ _LAYER_COUNTERS: dict[str, tuple[str, Callable[[LayerCounts], float]]] = {
         "Active experts of steps that had a prediction.",
         lambda layer: layer.foreseeable,
     ),
+    "stall_seconds": (
+        "How long steps stood still for experts, at most: the transfer seconds of demand and "
+        "waves, as if computation had hidden none of them.",
+        lambda layer: layer.stall_seconds,
+    ),
 }
 
 _CAUSES: dict[str, Callable[[LayerCounts], int]] = {
@@ -110,8 +115,7 @@ def families(pages: Sequence[Page]) -> Iterator[Metric]:
     needed = CounterMetricFamily(
         f"{PREFIX}transfer_seconds",
         "What the link needed for these bytes: experts by the time that one took when it was "
-        "measured at the start. Steps stood still for what computation did not hide of demand and "
-        "waves.",
+        "measured at the start.",
         labels=(*_LAYER, "tier", "cause"),
     )
     for cause, count in _CAUSES.items():

@@ -176,6 +176,7 @@ def line(stats: EngineStats) -> str:
         f"moe-offload: {stats.hit_ratio:.1%} of {stats.active} active experts were in slots, "
         f"{stats.misses} missed; moved {stats.bytes_moved / GIB:.2f} GiB ({gib[0]:.2f} on demand, "
         f"{gib[1]:.2f} in waves, {gib[2]:.2f} ahead) in {stats.transfer_seconds:.1f} s, "
+        f"stalls of {stats.stall_seconds:.1f} s at most, "
         f"{stats.resident} of {stats.slots} slots in use{_foresight(stats)}"
     )
 

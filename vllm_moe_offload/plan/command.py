@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
     from vllm_moe_offload.plan.planner import Request
     from vllm_moe_offload.sizes import GIB
 
+    _check_length(arguments, model)
     given = arguments.pcie_gb_s or PCIE_GB_PER_S[arguments.pcie]
     longest = min(DEFAULT_LENGTH, model.max_positions or DEFAULT_LENGTH)
     return Request(
@@ -116,6 +118,18 @@ def _request(arguments: argparse.Namespace, model: "Model") -> "Request":
         pcie_bytes_per_s=_measured(arguments.doctor) if arguments.doctor else given * 1e9,
         predictor=arguments.predictor,
     )
+
+
+def _check_length(arguments: argparse.Namespace, model: "Model") -> None:
+    from vllm_moe_offload.errors import OffloadError
+
+    if model.length_limit and (arguments.max_model_len or 0) > model.length_limit:
+        raise OffloadError(
+            "--max-model-len",
+            arguments.max_model_len,
+            f"the model has {model.length_limit} positions, and vLLM refuses more",
+            f"Give at most {model.length_limit}",
+        )
 
 
 def _measured(file: str) -> float:
@@ -135,14 +149,15 @@ def _measured(file: str) -> float:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return value
+    with suppress(ValueError):
+        value = float(text)
+        if value > 0 and math.isfinite(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is no positive number")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return value
+    with suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is no positive whole number")

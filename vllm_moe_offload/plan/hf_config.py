@@ -61,6 +61,12 @@ class HfConfig:
         return self.require(*LAYERS)
 
     @property
+    def has_scaled_positions(self) -> bool:
+        """Whether rotary positions are stretched, by which vLLM allows longer sequences."""
+        found = [self.get(name) for name in ("rope_scaling", "rope_parameters")]
+        return any("factor" in repr(rope) for rope in found)
+
+    @property
     def quantization_config(self) -> Mapping[str, Any]:
         """What the config says on quantised weights, empty for plain ones."""
         found = self.get("quantization_config", "compression_config")

@@ -23,8 +23,8 @@ _ELEMENT_SIZES = {"float32": 4, "float": 4}
 class Model:
     """What a plan needs to know of a checkpoint.
 
-    ``top_k`` is 0 for a dense model; ``max_positions`` is the longest sequence, 0 if unknown;
-    ``quantization`` is None for plain weights.
+    ``top_k`` is 0 for a dense model; ``max_positions`` is the longest sequence as the config has
+    it, 0 if unknown; ``quantization`` is None for plain weights.
     """
 
     architecture: str
@@ -33,6 +33,13 @@ class Model:
     kv_cache: KvCache
     max_positions: int
     quantization: str | None
+    has_scaled_positions: bool = False
+    """Whether vLLM may allow more positions than ``max_positions``."""
+
+    @property
+    def length_limit(self) -> int:
+        """The longest sequence that vLLM allows, 0 if it is not known."""
+        return 0 if self.has_scaled_positions else self.max_positions
 
     @property
     def layers(self) -> tuple[MoeLayer, ...]:
@@ -79,6 +86,7 @@ def describe(checkpoint: Checkpoint) -> Model:
         kv_cache=kv_cache(config),
         max_positions=config.count("max_position_embeddings", "max_seq_len", "n_positions"),
         quantization=quantization,
+        has_scaled_positions=config.has_scaled_positions,
     )
 
 

@@ -135,6 +135,9 @@ def _model_notes(model: Model) -> Iterator[str]:
 def _plan_notes(plan: Plan) -> Iterator[str]:
     if not plan.offloaded:
         return
+    if plan.model.quantization is None and max(plan.rows) < plan.model.expert_bytes:
+        stored = ", ".join(plan.model.weights.expert_dtypes)
+        yield f"Rows are smaller as vLLM serves {stored} in 16 bits; --dtype float32 keeps it."
     if plan.model.quantization is not None:
         yield (
             f"The weights are quantised ({plan.model.quantization}) and stay as stored in pool "

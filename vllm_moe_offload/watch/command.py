@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def _frame(
 
 
 def _interval(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= MIN_INTERVAL_S):
-        raise argparse.ArgumentTypeError(f"{text} is less than {MIN_INTERVAL_S}, or no number")
-    return value
+    with suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value) and value >= MIN_INTERVAL_S:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is less than {MIN_INTERVAL_S}, or no number")
