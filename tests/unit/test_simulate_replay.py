@@ -15,7 +15,6 @@ from traces import random_trace, trace_of
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors.collection import Collection
-from vllm_moe_offload.simulate.cache import admit
 from vllm_moe_offload.simulate.policies import ALIAS, ENGINE_DEFAULT, POLICIES, make_policy
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule
@@ -144,9 +143,8 @@ def scores_of(policy, trace, tokens):
     ranking = make_policy(policy, trace, steps, slots)
     resident = np.zeros((1, trace.num_layers, trace.num_experts), bool)
     for step in iterate(trace, steps[:tokens]):
-        score = ranking.rank(step, resident)
+        resident, score = ranking.replace(step, resident, resident)
         yield score.copy()
-        resident = admit(resident, step.active_LE, score, slots)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "belady"])

@@ -50,7 +50,7 @@ def admit(
 
 def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL: Ints) -> Bools:
     """Take out of each layer the ``count_CL`` evictable experts of the lowest scores."""
-    if np.issubdtype(score_LE.dtype, np.integer):
+    if score_LE.dtype.kind == "i":
         return _without_lowest_ranks(members, evictable, score_LE, count_CL)
     num_experts = members.shape[-1]
     kept = members.reshape(-1, num_experts)
@@ -70,9 +70,12 @@ def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL
 def _without_lowest_ranks(
     members: Bools, evictable: Bools, rank_LE: NDArray[Any], count_CL: Ints
 ) -> Bools:
-    limits = np.iinfo(rank_LE.dtype)
-    key = np.where(evictable, rank_LE, rank_LE.dtype.type(limits.max))
-    ascending = np.sort(key, -1).reshape(-1, key.shape[-1])
-    count = count_CL.reshape(-1)
-    last = np.where(count > 0, ascending[np.arange(count.size), count - 1], limits.min)
-    return members & (key > last.reshape(*count_CL.shape, 1))
+    # Ranks below 0, so that the product is above them all where nobody is to be evicted.
+    key_CLE = evictable * (rank_LE - (rank_LE.max() + 1))
+    num_experts = key_CLE.shape[-1]
+    ascending = np.sort(key_CLE, axis=-1).reshape(-1)
+    lowest_kept_CL = np.arange(0, ascending.size, num_experts).reshape(count_CL.shape)
+    lowest_kept_CL += np.maximum(count_CL, 0)
+    limit_CL = ascending.take(lowest_kept_CL, mode="clip")
+    limit_CL[count_CL == num_experts] = 0
+    return members & (key_CLE >= limit_CL[..., None])

@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_moe_offload.budget import slots_for_share
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.simulate.cache import Bools, Ints, admit
+from vllm_moe_offload.simulate.cache import Bools, Ints, Scores, admit
 from vllm_moe_offload.simulate.policies import make_policy
 from vllm_moe_offload.simulate.predictors import Predictor, best_guesses
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
@@ -83,7 +83,8 @@ def replay(
     ranking = make_policy(policy, trace, steps, slots_C)
     counts = _Counts(len(slots_C))
     shape = (len(slots_C), trace.num_layers, trace.num_experts)
-    resident, score = np.zeros(shape, dtype=bool), np.zeros(shape[1:])
+    resident: Bools = np.zeros(shape, dtype=bool)
+    score: Scores = np.zeros(shape[1:])
     start = time.perf_counter()
     for step in iterate(trace, steps):
         fetched = resident
@@ -94,8 +95,7 @@ def replay(
                 counts.add_prefetch(fetched & ~resident, step)
             predictor.learn(step)
         counts.add(step, fetched)
-        score = ranking.rank(step, resident)
-        resident = admit(fetched, step.active_LE, score, slots_C, bypass=ranking.bypass)
+        resident, score = ranking.replace(step, resident, fetched)
     return counts.result(trace, time.perf_counter() - start)
 
 
@@ -109,11 +109,13 @@ class _Counts:
         self._wasted += (fetched_CLE & ~step.active_LE).sum((1, 2))
 
     def add(self, step: Step, resident_CLE: Bools) -> None:
-        layers = np.arange(resident_CLE.shape[1])[:, None]
-        read = resident_CLE[:, layers, step.ids_TLK]
-        self._hits += np.count_nonzero(read, axis=(1, 2, 3))
-        self._loads += int(np.count_nonzero(step.active_LE))
-        self._load_hits += np.count_nonzero(resident_CLE & step.active_LE, axis=(1, 2))
+        resident_CA = resident_CLE.reshape(len(resident_CLE), -1)
+        load_hits_C = hits_C = resident_CA.take(step.pair_A, axis=1).sum(1)
+        if step.choice_N.size != step.pair_A.size:
+            hits_C = resident_CA.take(step.choice_N, axis=1).sum(1)
+        self._hits += hits_C
+        self._loads += step.pair_A.size
+        self._load_hits += load_hits_C
 
     def result(self, trace: Trace, seconds: float) -> Replay:
         return Replay(
