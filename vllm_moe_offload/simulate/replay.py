@@ -13,7 +13,7 @@ from vllm_moe_offload.budget import slots_for_share
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.simulate.cache import Bools, Ints, Scores, admit
 from vllm_moe_offload.simulate.policies import make_policy
-from vllm_moe_offload.simulate.predictors import Predictor, best_guesses
+from vllm_moe_offload.simulate.predictors import Guesses
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
 from vllm_moe_offload.trace import Trace
 
@@ -65,8 +65,7 @@ def replay(
     caches: Sequence[float],
     *,
     batch: int = 1,
-    predictor: Predictor | None = None,
-    prefetch: int = 0,
+    guesses: Guesses | None = None,
 ) -> Replay:
     """Replay a trace; each layer has its own slots, and nothing is resident at the start.
 
@@ -75,8 +74,7 @@ def replay(
         policy: name of the eviction policy.
         caches: shares of a layer's experts that have a slot.
         batch: sequences that run at once.
-        predictor: guesses each layer's experts before the layer is reached.
-        prefetch: experts that may be prefetched a layer and step.
+        guesses: experts that are prefetched before each step, guessed with the same batch.
     """
     steps = schedule(trace, batch)
     slots_C = np.array([slots_of(trace, cache) for cache in caches], dtype=np.int64)
@@ -88,12 +86,9 @@ def replay(
     start = time.perf_counter()
     for step in iterate(trace, steps):
         fetched = resident
-        if predictor is not None:
-            if prefetch:
-                guess = best_guesses(predictor.predict(step).sum(0), prefetch)
-                fetched = admit(resident, guess, score, slots_C)
-                counts.add_prefetch(fetched & ~resident, step)
-            predictor.learn(step)
+        if guesses is not None:
+            fetched = admit(resident, guesses.before(step), score, slots_C)
+            counts.add_prefetch(fetched & ~resident, step)
         counts.add(step, fetched)
         resident, score = ranking.replace(step, resident, fetched)
     return counts.result(trace, time.perf_counter() - start)
@@ -105,8 +100,10 @@ class _Counts:
         self._loads = 0
 
     def add_prefetch(self, fetched_CLE: Bools, step: Step) -> None:
-        self._fetched += fetched_CLE.sum((1, 2))
-        self._wasted += (fetched_CLE & ~step.active_LE).sum((1, 2))
+        wasted_CLE = fetched_CLE & ~step.active_LE
+        for size, (fetched, wasted) in enumerate(zip(fetched_CLE, wasted_CLE, strict=True)):
+            self._fetched[size] += np.count_nonzero(fetched)
+            self._wasted[size] += np.count_nonzero(wasted)
 
     def add(self, step: Step, resident_CLE: Bools) -> None:
         resident_CA = resident_CLE.reshape(len(resident_CLE), -1)
