@@ -1,11 +1,14 @@
 # Every target installs what it needs into .venv first.
 #   make demo MODEL=path    serve another checkpoint
 #   make demo FORMAT=fp8    store the small checkpoint's experts as fp8, w4a16 or mxfp4
+#   make test JOBS=1        run the tests one after the other
 #   make PYTHON=python3.12  build .venv with another interpreter
 
 PYTHON ?= python3
 MODEL ?=
 FORMAT ?=
+# Files of tests that run at once. On a GPU one at a time: an engine takes most of its memory.
+JOBS ?= $(if $(shell nvidia-smi 2>/dev/null),1,2)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PYTHON
@@ -26,7 +29,7 @@ demo: $(INSTALLED) ## Serve a small model with and without offloading, and compa
 	@$(BIN)/vllm-moe-offload demo $(if $(MODEL),'$(MODEL)') $(if $(FORMAT),--format '$(FORMAT)')
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 
 lint: $(INSTALLED) ## Check style, types and the direction of imports
 	$(BIN)/ruff check

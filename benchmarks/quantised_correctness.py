@@ -25,7 +25,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
-from correctness import HAS_GPU, difference, generate, tokens_of, until_tokens_part, what_failed
+from answers import difference, generate, tokens_of, until_tokens_part
+from correctness import HAS_GPU, what_failed
 
 SHARES = (0.0, 0.25, 1.0)
 ROUNDING = 0.125

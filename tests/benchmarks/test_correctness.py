@@ -2,9 +2,11 @@
 
 import copy
 
+import answers
 import correctness
 import pytest
-from correctness import Case, cases, difference, judge
+from answers import difference
+from correctness import Case, cases, judge
 
 CASE = Case("qwen3_moe", "graphs", "bfloat16", "V2")
 
@@ -118,7 +120,7 @@ def test_cases_are_filtered(monkeypatch):
 
 
 def test_batches_and_the_prompt_are_as_promised():
-    sizes = [len(prompts) for prompts in correctness.phases().values()]
+    sizes = [len(prompts) for prompts in answers.phases().values()]
     assert sizes == [1, 7, 32, 1]
-    (long,) = list(correctness.phases().values())[-1]
-    assert len(long) == 2 * correctness.CHUNK
+    (long,) = list(answers.phases().values())[-1]
+    assert len(long) == 2 * answers.CHUNK
