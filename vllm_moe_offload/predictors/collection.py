@@ -66,9 +66,7 @@ class Collection:
         """
         assert self.size, "nothing to compare with"
         found_TLKN = self._counts_LEN[self._layers[:, None], ids_TLK, : self.size]
-        product_TLN = found_TLKN.sum(2)
-        for layer in self._layers[1:]:  # quicker than numpy's cumsum along a middle axis
-            product_TLN[:, layer] += product_TLN[:, layer - 1]
+        product_TLN = found_TLKN.sum(2).cumsum(1)
         norm_LN = np.maximum(self._norm_LN[:, : self.size], 1e-9)
         best: Ints = (product_TLN / norm_LN).argmax(-1)
         return best
