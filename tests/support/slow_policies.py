@@ -119,12 +119,18 @@ class SlowAdaptive:
             score = np.float32(expected * rules.SEQUEL_SCALE)
         return int(score.view(np.int32)) >> rules.EXPERT_BITS, expert
 
-    def replay(self, steps):
+    def replay(self, steps, guesses=None):
+        """Hits; ``guesses`` are experts that are prefetched, for each step and layer."""
         resident = [set() for _ in range(self.layers)]
+        scores = [[0] * self.experts for _ in range(self.layers)]
         hits = 0
-        for ids_TLK in steps:
+        for number, ids_TLK in enumerate(steps):
             active = [set(ids_TLK[:, layer].ravel().tolist()) for layer in range(self.layers)]
-            hits += sum(int(e) in resident[la] for la, e in self._pairs(ids_TLK))
+            fetched = [
+                slow_admit(here, guesses[number][layer] if guesses else set(), rank, self.slots)
+                for layer, (here, rank) in enumerate(zip(resident, scores, strict=True))
+            ]
+            hits += sum(int(e) in fetched[la] for la, e in self._pairs(ids_TLK))
             scores = self._scores(resident)
             self._count_hits(active, resident)
             self._vote(active)
@@ -133,7 +139,7 @@ class SlowAdaptive:
                     rank = [self.rank(candidate, layer, e) for e in range(self.experts)]
                     held[layer] = slow_admit(held[layer], active[layer], rank, self.slots)
                 resident[layer] = slow_admit(
-                    resident[layer], active[layer], scores[layer], self.slots
+                    fetched[layer], active[layer], scores[layer], self.slots
                 )
             self._learn(active)
         return hits

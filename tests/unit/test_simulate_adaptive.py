@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,9 +230,15 @@ def test_recorded_short_pieces(seed):
 
 
 @pytest.mark.traces
-def test_lru_replays_a_million_accesses_a_second():
-    trace = load(*recorded("deepseek-v2-lite.intent"))
-    start = time.process_time()
-    result = replay(trace, "lru", [0.25])
+@pytest.mark.parametrize("policy", ["lru", "eam", "adaptive"])
+def test_a_million_accesses_a_second(policy):
+    whole = load(*recorded("deepseek-v2-lite.intent"))
+    starts = whole.sequence_starts[whole.sequence_starts <= 1000]
+    trace = replace(whole, expert_ids=whole.expert_ids[: starts[-1]], sequence_starts=starts)
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        result = replay(trace, policy, [0.25])
+        seconds.append(time.process_time() - start)
     # Three quarters of the goal, since other work on the machine takes caches and clock.
-    assert result.accesses / (time.process_time() - start) > 750_000
+    assert result.accesses / min(seconds) > 750_000

@@ -9,9 +9,9 @@ from vllm_moe_offload.predictors import figures
 from vllm_moe_offload.simulate.predictors import (
     EamPredictor,
     MarkovPredictor,
-    accuracy,
     best_guesses,
     make_predictor,
+    observe,
 )
 from vllm_moe_offload.simulate.replay import replay
 from vllm_moe_offload.simulate.steps import iterate, schedule
@@ -126,7 +126,7 @@ def test_certain_transitions_are_learned():
     first = random.integers(0, 8, 400)
     after = random.permutation(8)
     trace = trace_of(np.stack([first, after[first], after[after[first]]], 1)[..., None], 8)
-    found = accuracy(make_predictor("markov", trace, [trace]), trace)
+    found = observe(make_predictor("markov", trace, [trace]), trace)[0]
     assert found.coverage_2k >= found.coverage_k > 0.9
     assert found.precision == pytest.approx(found.coverage_k)
     assert found.wasted < 0.2
@@ -141,7 +141,7 @@ def test_accuracy_counts():
             pass
 
     trace = trace_of([[[0, 1], [0, 2]], [[0, 1], [3, 2]]], 4)
-    found = accuracy(Constant(), trace)
+    found = observe(Constant(), trace)[0]
     assert (found.coverage_k, found.coverage_2k) == (1 / 4, 3 / 4)
     assert (found.precision, found.wasted) == (1 / 4, 3 / 2)
 
@@ -156,10 +156,17 @@ def test_best_guesses():
     assert best_guesses(demand, 9).sum() == 8
 
 
+@given(st.integers(1, 9), st.lists(st.integers(0, 3), min_size=8, max_size=8))
+def test_best_guesses_among_equals(count, demand):
+    best = sorted(range(8), key=lambda expert: (-demand[expert], expert))[:count]
+    expected = [expert in best and demand[expert] > 0 for expert in range(8)]
+    assert best_guesses(np.array([demand], float), count).tolist() == [expected]
+
+
 def test_single_layer():
     trace = random_trace(0, layers=1)
     for name in NAMES:
-        assert accuracy(make_predictor(name, trace, [trace]), trace).coverage_k == 0
+        assert observe(make_predictor(name, trace, [trace]), trace)[0].coverage_k == 0
 
 
 def test_none():
@@ -197,7 +204,7 @@ class Liar(Oracle):
 def test_perfect_prefetch_hits_everything_but_the_first_layer(policy):
     trace = random_trace(2, tokens=100, skew=0.3)
     plain = replay(trace, policy, [0.5])
-    result = replay(trace, policy, [0.5], predictor=Oracle(), prefetch=2)
+    result = replay(trace, policy, [0.5], guesses=observe(Oracle(), trace, prefetch=2)[1])
     layer_0 = trace_of(trace.expert_ids[:, :1], 8)
     missed = layer_0.expert_ids.size - replay(layer_0, "lru", [0.5]).hits_C[0]
     assert result.accesses - result.hits_C[0] <= 2 * missed
@@ -209,7 +216,7 @@ def test_perfect_prefetch_hits_everything_but_the_first_layer(policy):
 
 def test_useless_prefetch_is_all_waste():
     trace = random_trace(2, tokens=100)
-    result = replay(trace, "lru", [0.5], predictor=Liar(), prefetch=2)
+    result = replay(trace, "lru", [0.5], guesses=observe(Liar(), trace, prefetch=2)[1])
     assert result.wasted_C[0] == result.fetched_C[0] > 0
     assert result.moved(0) == result.loads - result.load_hits_C[0] + result.fetched_C[0]
     assert result.hits_C[0] < replay(trace, "lru", [0.5]).hits_C[0]
@@ -220,6 +227,6 @@ def test_useless_prefetch_is_all_waste():
 @pytest.mark.parametrize("tasks", [("intent", "summary"), ("summary", "intent")])
 def test_recorded_tasks(name, bar, tasks):
     learned, tested = map(load, recorded(*(f"deepseek-v2-lite.{task}" for task in tasks)))
-    found = accuracy(make_predictor(name, tested, [learned]), tested)
+    found = observe(make_predictor(name, tested, [learned]), tested)[0]
     assert found.coverage_k >= bar
     assert found.coverage_2k > found.coverage_k + 0.1

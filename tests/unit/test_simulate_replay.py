@@ -15,8 +15,8 @@ from traces import random_trace, trace_of
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors.collection import Collection
-from vllm_moe_offload.simulate.cache import admit
 from vllm_moe_offload.simulate.policies import ALIAS, ENGINE_DEFAULT, POLICIES, make_policy
+from vllm_moe_offload.simulate.predictors import Guesses
 from vllm_moe_offload.simulate.replay import replay, slots_of
 from vllm_moe_offload.simulate.steps import iterate, schedule
 from vllm_moe_offload.trace import Trace
@@ -68,6 +68,21 @@ def test_adaptive_against_brute_force(trace, batch):
     for place, cache in enumerate(CACHES):
         slow = SlowAdaptive(trace.num_layers, trace.num_experts, slots_of(trace, cache))
         assert fast.hits_C[place] == slow.replay(steps)
+
+
+@given(trace=small_traces, batch=batches, seed=st.integers(0, 1000))
+def test_adaptive_with_prefetch_against_brute_force(trace, batch, seed):
+    steps = [trace.expert_ids[index].astype(int) for index in schedule(trace, batch)]
+    guesses = Guesses(trace.num_layers, trace.num_experts)
+    shape = (len(steps), trace.num_layers, trace.num_experts)
+    guess_SLE = np.random.default_rng(seed).random(shape) < 0.1
+    for guess_LE in guess_SLE:
+        guesses.append(guess_LE)
+    guessed = [[set(np.flatnonzero(guess_E).tolist()) for guess_E in step] for step in guess_SLE]
+    fast = replay(trace, "adaptive", CACHES, batch=batch, guesses=guesses)
+    for place, cache in enumerate(CACHES):
+        slow = SlowAdaptive(trace.num_layers, trace.num_experts, slots_of(trace, cache))
+        assert fast.hits_C[place] == slow.replay(steps, guessed)
 
 
 @given(trace=small_traces, batch=batches)
@@ -144,9 +159,8 @@ def scores_of(policy, trace, tokens):
     ranking = make_policy(policy, trace, steps, slots)
     resident = np.zeros((1, trace.num_layers, trace.num_experts), bool)
     for step in iterate(trace, steps[:tokens]):
-        score = ranking.rank(step, resident)
+        resident, score = ranking.replace(step, resident, resident)
         yield score.copy()
-        resident = admit(resident, step.active_LE, score, slots)
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "belady"])

@@ -104,7 +104,7 @@ class SequenceCounts:
     def __init__(self, num_layers: int, num_experts: int, window: int | None = None) -> None:
         self._shape = (num_layers, num_experts)
         self._window = window
-        self._layers = np.arange(num_layers)[:, None]
+        self._first_L1 = np.arange(num_layers)[:, None] * num_experts
         self._counts: dict[int, Floats] = {}
         self._tokens: dict[int, int] = {}
 
@@ -113,7 +113,7 @@ class SequenceCounts:
         if sequence not in self._counts:
             self._counts[sequence] = np.zeros(self._shape, dtype=np.float32)
             self._tokens[sequence] = 0
-        self._counts[sequence][self._layers, ids_LK] += 1
+        self._counts[sequence].reshape(-1)[self._first_L1 + ids_LK] += 1
         self._tokens[sequence] += 1
         return self.finish(sequence) if self._tokens[sequence] == self._window else None
 

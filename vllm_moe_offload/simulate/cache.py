@@ -27,8 +27,7 @@ def admit(
     Args:
         resident_CLE: before the step, never more than the layer has slots.
         active_LE: experts that the step reads.
-        score_LE: the higher, the longer an expert stays; [L, E] or [C, L, E]. Integers are ranks,
-            of which no two of a layer may be equal; they are looked through at once.
+        score_LE: the higher, the longer an expert stays; [L, E] or [C, L, E].
         slots_C: slots of a layer for each cache size.
         bypass: let active experts compete by their score too, so that some may pass through
             although a resident could be evicted.
@@ -50,29 +49,29 @@ def admit(
 
 def _without_lowest(members: Bools, evictable: Bools, score_LE: Scores, count_CL: Ints) -> Bools:
     """Take out of each layer the ``count_CL`` evictable experts of the lowest scores."""
-    if np.issubdtype(score_LE.dtype, np.integer):
-        return _without_lowest_ranks(members, evictable, score_LE, count_CL)
-    num_experts = members.shape[-1]
-    kept = members.reshape(-1, num_experts)
-    key = np.where(evictable, score_LE, np.inf).reshape(-1, num_experts)
-    count = count_CL.reshape(-1)
-    rows = np.flatnonzero(count > 0)
-    taken = 0
-    while rows.size:
-        victim = key[rows].argmin(-1)
-        kept[rows, victim] = False
-        key[rows, victim] = np.inf
-        taken += 1
-        rows = rows[count[rows] > taken]
-    return kept.reshape(members.shape)
+    key_CLE, num_experts = _keys(evictable, score_LE), members.shape[-1]
+    ascending = np.sort(key_CLE, axis=-1).reshape(-1)
+    count_CL1 = np.maximum(count_CL, 0)[..., None]
+    lowest_kept_CL1 = np.arange(0, ascending.size, num_experts).reshape(count_CL1.shape) + count_CL1
+    limit_CL1 = ascending.take(lowest_kept_CL1, mode="clip")
+    limit_CL1[count_CL1 == num_experts] = _top(key_CLE)
+    evicted_CLE = key_CLE < limit_CL1
+    if np.count_nonzero(evicted_CLE) < count_CL1.sum():
+        equal_CLE = evictable & (key_CLE == limit_CL1)
+        left_CL1 = count_CL1 - evicted_CLE.sum(-1, keepdims=True)
+        evicted_CLE |= equal_CLE & (equal_CLE.cumsum(-1) <= left_CL1)
+    return members & ~evicted_CLE
 
 
-def _without_lowest_ranks(
-    members: Bools, evictable: Bools, rank_LE: NDArray[Any], count_CL: Ints
-) -> Bools:
-    limits = np.iinfo(rank_LE.dtype)
-    key = np.where(evictable, rank_LE, rank_LE.dtype.type(limits.max))
-    ascending = np.sort(key, -1).reshape(-1, key.shape[-1])
-    count = count_CL.reshape(-1)
-    last = np.where(count > 0, ascending[np.arange(count.size), count - 1], limits.min)
-    return members & (key > last.reshape(*count_CL.shape, 1))
+def _keys(evictable: Bools, score_LE: Scores) -> NDArray[Any]:
+    """The scores, but ``_top`` for who is not to be evicted."""
+    if score_LE.dtype.kind != "i":
+        return np.where(evictable, score_LE, np.inf)
+    # A product is quicker; below 0 all integers are below those that it makes 0.
+    keys: NDArray[Any] = evictable * (score_LE - (score_LE.max() + 1))
+    return keys
+
+
+def _top(keys: NDArray[Any]) -> float:
+    """Above all that may be evicted."""
+    return 0 if keys.dtype.kind == "i" else np.inf

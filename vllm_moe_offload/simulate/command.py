@@ -26,7 +26,11 @@ def add_simulate_parser(subparsers: Any) -> None:
         "simulate",
         help=summary,
         description=f"{summary} Each layer has floor(CACHE x experts) slots, empty at the start. "
-        "Several traces of one model: a predictor learns the others before it is tested on one.",
+        "Told for each policy: hit ratio, share of the gap from lru to belady (which knows the "
+        "future, and may pass experts through without a slot), and bytes moved a token; for each "
+        "predictor: coverage with as many guesses as a token has choices and with twice as many, "
+        "precision, and bytes wasted. Several traces of one model: a predictor learns the others "
+        "before it is tested on one.",
     )
     parser.add_argument(
         "traces", nargs="+", type=Path, metavar="TRACE", help="a .npz file, or a directory of them"
@@ -48,10 +52,16 @@ def add_simulate_parser(subparsers: Any) -> None:
         default=0.0,
         metavar="N",
         help="MiB that may be prefetched a layer and step by the predictor's guesses; "
-        "default 0: guesses are only compared with what was routed",
+        "default 0: guesses are only compared with what was routed. Without belady, whose "
+        "knowledge leaves nothing to guess",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="B", help="sequences that run at once; default 1"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="B",
+        help="sequences that run at once; default 1. From 2 on the hit ratio is also told by "
+        "unique loads: an expert counts once a step",
     )
     parser.add_argument(
         "--expert-mb",
@@ -59,7 +69,11 @@ def add_simulate_parser(subparsers: Any) -> None:
         metavar="N",
         help="size of one expert in MiB; known for some models by the trace's model name",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a list of objects, one for each trace, predictor, policy and cache size",
+    )
     parser.set_defaults(run=run_simulate)
 
 

@@ -12,7 +12,7 @@ from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors.collection import Collection, SequenceCounts
 from vllm_moe_offload.simulate.adaptive import AdaptivePolicy
-from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores
+from vllm_moe_offload.simulate.cache import Bools, Floats, Ints, Scores, admit
 from vllm_moe_offload.simulate.steps import Step
 from vllm_moe_offload.trace import Trace
 
@@ -23,21 +23,41 @@ ALIAS = "default"
 
 
 class Policy(Protocol):
-    """Ranks experts; keeps its state over all sequences of a replay."""
+    """Decides who is resident after a step; keeps its state over all sequences of a replay."""
 
-    bypass: bool
-    """Whether an active expert may pass through although a resident could be evicted."""
-
-    def rank(self, step: Step, resident_CLE: Bools) -> Scores:
-        """Learn from a step and score the experts for it, [L, E] or [C, L, E].
-
-        The lowest score among the residents that the step does not read is evicted first.
+    def replace(self, step: Step, resident_CLE: Bools, fetched_CLE: Bools) -> tuple[Bools, Scores]:
+        """Learn from a step and give what it reads slots.
 
         Args:
             step: the experts that this step reads, and the sequences that end with it.
-            resident_CLE: who was resident before the step.
+            resident_CLE: who was resident before the step, as the last call returned it.
+            fetched_CLE: the same with what was prefetched for it; the same array without.
+
+        Returns:
+            Who is resident now, and the scores by which that was decided, [L, E] or [C, L, E]:
+            the lowest among the residents that the step does not read is evicted first.
         """
         ...
+
+
+class Ranking:
+    """A policy whose caches differ by nothing but their contents: it only scores the experts."""
+
+    bypass = False
+    """Whether an active expert may pass through although a resident could be evicted."""
+
+    slots_C: Ints
+    """Slots of a layer for each cache size."""
+
+    def rank(self, step: Step, resident_CLE: Bools) -> Scores:
+        """Learn from a step and score the experts for it, as ``Policy`` tells."""
+        raise NotImplementedError
+
+    def replace(self, step: Step, resident_CLE: Bools, fetched_CLE: Bools) -> tuple[Bools, Scores]:
+        """Evict by the scores."""
+        score = self.rank(step, resident_CLE)
+        after = admit(fetched_CLE, step.active_LE, score, self.slots_C, bypass=self.bypass)
+        return after, score
 
 
 def lower_id_first(score: Ints) -> Ints:
@@ -46,10 +66,8 @@ def lower_id_first(score: Ints) -> Ints:
     return score * experts + np.arange(experts)
 
 
-class LruPolicy:
+class LruPolicy(Ranking):
     """Least recently used, as ``kernels.resolve`` does it: hit for hit the same."""
-
-    bypass = False
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.stamp_LE = np.full((num_layers, num_experts), -1)
@@ -62,13 +80,12 @@ class LruPolicy:
         return lower_id_first(self.stamp_LE)
 
 
-class LfuPolicy:
+class LfuPolicy(Ranking):
     """Least frequently used, where every step fades the older uses.
 
     LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001) with a fixed factor.
     """
 
-    bypass = False
     DECAY = 0.98
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -83,7 +100,7 @@ class LfuPolicy:
         return self._count_LE
 
 
-class LeastStalePolicy:
+class LeastStalePolicy(Ranking):
     """Experts that the last forward pass did not read go first, in the order they came.
 
     Least-Stale of SpecMD (arXiv 2602.03921) for a cache a layer: there everything that the
@@ -91,7 +108,6 @@ class LeastStalePolicy:
     first-in first-out order among the stale.
     """
 
-    bypass = False
     _FRESH = 1 << 32
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -107,7 +123,7 @@ class LeastStalePolicy:
         return lower_id_first(score)
 
 
-class EamPolicy:
+class EamPolicy(Ranking):
     """MoE-Infinity's Algorithm 1 (arXiv 2401.14361v3), for a cache a layer.
 
     A token's activations so far are matched with those of past sequences; the likelihood of an
@@ -116,7 +132,6 @@ class EamPolicy:
     ended, or equal shares) the least recently used goes first.
     """
 
-    bypass = False
     EPSILON = 1e-3
     """Below the smallest share that is told from none; times a rank of recency within 0 to 1."""
 
@@ -142,7 +157,7 @@ class EamPolicy:
         return score
 
 
-class BeladyPolicy:
+class BeladyPolicy(Ranking):
     """Furthest next use goes first, active experts included: the upper bound.
 
     Belady (IBM Systems Journal 5(2), 1966), with the schedule known from the trace.
@@ -172,7 +187,7 @@ class BeladyPolicy:
         return lower_id_first(-self._next_LE)
 
 
-_BY_SHAPE: dict[str, Callable[[int, int], Policy]] = {
+_BY_SHAPE: dict[str, Callable[[int, int], Ranking]] = {
     "lru": LruPolicy,
     "lfu": LfuPolicy,
     "eam": EamPolicy,
@@ -206,6 +221,10 @@ def make_policy(name: str, trace: Trace, steps: Sequence[Ints], slots_C: Ints) -
     name = ENGINE_DEFAULT if name == ALIAS else name
     if name == "adaptive":
         return AdaptivePolicy(trace.num_layers, trace.num_experts, slots_C)
-    if name == "belady":
-        return BeladyPolicy(trace, steps)
-    return _BY_SHAPE[name](trace.num_layers, trace.num_experts)
+    ranking = (
+        BeladyPolicy(trace, steps)
+        if name == "belady"
+        else _BY_SHAPE[name](trace.num_layers, trace.num_experts)
+    )
+    ranking.slots_C = slots_C
+    return ranking

@@ -3,17 +3,19 @@
 Legend: T tokens of a step, L layers, K choices a token, E experts.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.predictors import figures
 from vllm_moe_offload.predictors.collection import Collection, SequenceCounts
 from vllm_moe_offload.predictors.figures import CAPACITY
-from vllm_moe_offload.simulate.cache import Bools, Floats
+from vllm_moe_offload.simulate.cache import Bools, Floats, Ints
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
 from vllm_moe_offload.trace import Trace
 
@@ -49,7 +51,6 @@ class MarkovPredictor:
         self._recent_LE = np.zeros((num_layers, num_experts))
         self._tokens = 0
         self._stale = 0
-        self._layers = np.arange(num_layers)
         self._refresh()
 
     def predict(self, step: Step) -> Floats:
@@ -58,8 +59,8 @@ class MarkovPredictor:
         demand = np.zeros((num_tokens, num_layers, self._use_LE.shape[1]))
         if not self._tokens or num_layers == 1:
             return demand
-        before_TLK = step.ids_TLK[:, :-1]
-        evidence = self._evidence_LEE[self._layers[:-1, None], before_TLK].sum(2)
+        evidence_AE = self._evidence_LEE.reshape(-1, self._use_LE.shape[1])
+        evidence = evidence_AE.take(self._pairs(step)[:, :-1], axis=0).sum(2)
         recent = figures.RECENT_WEIGHT * np.log(self._recent_LE[1:] + figures.RECENT_FLOOR)
         logit = evidence + self._prior_LE + recent
         likelihood = np.exp(logit - logit.max(-1, keepdims=True))
@@ -68,17 +69,21 @@ class MarkovPredictor:
 
     def learn(self, step: Step) -> None:
         """Count transitions and uses."""
-        layers = self._layers[:, None]
-        for ids_LK in step.ids_TLK:
-            pair = (layers[:-1, :, None], ids_LK[:-1, :, None], ids_LK[1:, None, :])
-            self._count_LEE[pair] += 1
-            self._use_LE[layers, ids_LK] += 1
+        num_experts = self._use_LE.shape[1]
+        counts, uses = self._count_LEE.reshape(-1), self._use_LE.reshape(-1)
+        for ids_LK, pair_LK in zip(step.ids_TLK, self._pairs(step), strict=True):
+            counts[pair_LK[:-1, :, None] * num_experts + ids_LK[1:, None, :]] += 1
+            uses[pair_LK] += 1
         self._tokens += len(step.ids_TLK)
         self._recent_LE *= figures.RECENT_FADE
         self._recent_LE += (1 - figures.RECENT_FADE) * step.active_LE
         self._stale += 1
         if self._stale >= figures.REFRESH or self._tokens < figures.REFRESH:
             self._refresh()
+
+    def _pairs(self, step: Step) -> Ints:
+        """Layer * E + expert, as ``step.choice_N``, [T, L, K]."""
+        return step.choice_N.reshape(step.ids_TLK.shape)
 
     def _refresh(self) -> None:
         self._stale = 0
@@ -183,30 +188,65 @@ class Accuracy:
     wasted: float
 
 
-def accuracy(predictor: Predictor, trace: Trace) -> Accuracy:
-    """Let a predictor guess every token, and learn it afterwards."""
+class Guesses:
+    """What was guessed before each step, a bit for each layer and expert."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._shape = (num_layers, num_experts)
+        self._packed: list[NDArray[np.uint8]] = []
+
+    def append(self, guess_LE: Bools) -> None:
+        """Note the guess for the step after those that are noted."""
+        self._packed.append(np.packbits(guess_LE))
+
+    def before(self, step: Step) -> Bools:
+        """The guess for a step, bool [L, E]."""
+        bits = np.unpackbits(self._packed[step.number], count=math.prod(self._shape))
+        return bits.view(bool).reshape(self._shape)
+
+
+def observe(
+    predictor: Predictor, trace: Trace, *, batch: int = 1, prefetch: int = 0
+) -> tuple[Accuracy, Guesses]:
+    """Let a predictor guess every step, and learn it afterwards.
+
+    Args:
+        predictor: what may have learned other traces.
+        trace: what it is tested on.
+        batch: sequences that run at once.
+        prefetch: experts a layer and step that the guesses hold; the accuracy is that of K and 2 K.
+    """
     top_k = trace.top_k
+    guesses = Guesses(trace.num_layers, trace.num_experts)
     routed = found = found_2k = guessed = 0
-    for step in iterate(trace, schedule(trace, batch=1)):
+    for step in iterate(trace, schedule(trace, batch)):
         demand_LE = predictor.predict(step).sum(0)
         guess = best_guesses(demand_LE, top_k)
         guessed += int(guess.sum())
         found += int((guess & step.active_LE).sum())
         found_2k += int((best_guesses(demand_LE, 2 * top_k) & step.active_LE).sum())
         routed += int(step.active_LE[1:].sum())
+        if prefetch:
+            guesses.append(best_guesses(demand_LE, prefetch))
         predictor.learn(step)
-    return Accuracy(
+    accuracy = Accuracy(
         coverage_k=found / max(1, routed),
         coverage_2k=found_2k / max(1, routed),
         precision=found / max(1, guessed),
         wasted=(guessed - found) / max(1, trace.num_tokens),
     )
+    return accuracy, guesses
 
 
 def best_guesses(demand_LE: Floats, count: int) -> Bools:
-    """Mark the experts of the highest demand in each layer, none without demand."""
-    count = min(count, demand_LE.shape[1])
-    order = np.argsort(-demand_LE, axis=-1, kind="stable")[:, :count]
-    guess = np.zeros(demand_LE.shape, dtype=bool)
-    np.put_along_axis(guess, order, True, axis=-1)
-    return guess & (demand_LE > 0)
+    """Mark the experts of the highest demand in each layer, none without demand.
+
+    Among equals the lower expert comes first.
+    """
+    num_experts = demand_LE.shape[1]
+    if count >= num_experts:
+        return demand_LE > 0
+    least_L1 = np.sort(demand_LE, axis=-1)[:, num_experts - count, None]
+    above, equal = demand_LE > least_L1, demand_LE == least_L1
+    equal &= equal.cumsum(-1) <= count - above.sum(-1, keepdims=True)
+    return (above | equal) & (demand_LE > 0)

@@ -11,9 +11,9 @@ import numpy as np
 
 from vllm_moe_offload.budget import slots_for_share
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.simulate.cache import Bools, Ints, admit
+from vllm_moe_offload.simulate.cache import Bools, Ints, Scores, admit
 from vllm_moe_offload.simulate.policies import make_policy
-from vllm_moe_offload.simulate.predictors import Predictor, best_guesses
+from vllm_moe_offload.simulate.predictors import Guesses
 from vllm_moe_offload.simulate.steps import Step, iterate, schedule
 from vllm_moe_offload.trace import Trace
 
@@ -65,8 +65,7 @@ def replay(
     caches: Sequence[float],
     *,
     batch: int = 1,
-    predictor: Predictor | None = None,
-    prefetch: int = 0,
+    guesses: Guesses | None = None,
 ) -> Replay:
     """Replay a trace; each layer has its own slots, and nothing is resident at the start.
 
@@ -75,27 +74,23 @@ def replay(
         policy: name of the eviction policy.
         caches: shares of a layer's experts that have a slot.
         batch: sequences that run at once.
-        predictor: guesses each layer's experts before the layer is reached.
-        prefetch: experts that may be prefetched a layer and step.
+        guesses: experts that are prefetched before each step, guessed with the same batch.
     """
     steps = schedule(trace, batch)
     slots_C = np.array([slots_of(trace, cache) for cache in caches], dtype=np.int64)
     ranking = make_policy(policy, trace, steps, slots_C)
     counts = _Counts(len(slots_C))
     shape = (len(slots_C), trace.num_layers, trace.num_experts)
-    resident, score = np.zeros(shape, dtype=bool), np.zeros(shape[1:])
+    resident: Bools = np.zeros(shape, dtype=bool)
+    score: Scores = np.zeros(shape[1:])
     start = time.perf_counter()
     for step in iterate(trace, steps):
         fetched = resident
-        if predictor is not None:
-            if prefetch:
-                guess = best_guesses(predictor.predict(step).sum(0), prefetch)
-                fetched = admit(resident, guess, score, slots_C)
-                counts.add_prefetch(fetched & ~resident, step)
-            predictor.learn(step)
+        if guesses is not None:
+            fetched = admit(resident, guesses.before(step), score, slots_C)
+            counts.add_prefetch(fetched & ~resident, step)
         counts.add(step, fetched)
-        score = ranking.rank(step, resident)
-        resident = admit(fetched, step.active_LE, score, slots_C, bypass=ranking.bypass)
+        resident, score = ranking.replace(step, resident, fetched)
     return counts.result(trace, time.perf_counter() - start)
 
 
@@ -105,15 +100,19 @@ class _Counts:
         self._loads = 0
 
     def add_prefetch(self, fetched_CLE: Bools, step: Step) -> None:
-        self._fetched += fetched_CLE.sum((1, 2))
-        self._wasted += (fetched_CLE & ~step.active_LE).sum((1, 2))
+        wasted_CLE = fetched_CLE & ~step.active_LE
+        for size, (fetched, wasted) in enumerate(zip(fetched_CLE, wasted_CLE, strict=True)):
+            self._fetched[size] += np.count_nonzero(fetched)
+            self._wasted[size] += np.count_nonzero(wasted)
 
     def add(self, step: Step, resident_CLE: Bools) -> None:
-        layers = np.arange(resident_CLE.shape[1])[:, None]
-        read = resident_CLE[:, layers, step.ids_TLK]
-        self._hits += np.count_nonzero(read, axis=(1, 2, 3))
-        self._loads += int(np.count_nonzero(step.active_LE))
-        self._load_hits += np.count_nonzero(resident_CLE & step.active_LE, axis=(1, 2))
+        resident_CA = resident_CLE.reshape(len(resident_CLE), -1)
+        load_hits_C = hits_C = resident_CA.take(step.pair_A, axis=1).sum(1)
+        if step.choice_N.size != step.pair_A.size:
+            hits_C = resident_CA.take(step.choice_N, axis=1).sum(1)
+        self._hits += hits_C
+        self._loads += step.pair_A.size
+        self._load_hits += load_hits_C
 
     def result(self, trace: Trace, seconds: float) -> Replay:
         return Replay(

@@ -12,9 +12,10 @@ from vllm_moe_offload.simulate.policies import ALIAS, ENGINE_DEFAULT, check_poli
 from vllm_moe_offload.simulate.predictors import (
     NONE,
     Accuracy,
-    accuracy,
+    Guesses,
     check_predictor,
     make_predictor,
+    observe,
 )
 from vllm_moe_offload.simulate.replay import Replay, replay, slots_of
 from vllm_moe_offload.simulate.sizes import expert_bytes
@@ -124,20 +125,12 @@ def _rows(
 ) -> Iterator[Row]:
     size = expert_bytes(trace.model, question.expert_mb)
     prefetch = int(question.prefetch_mb * MIB) // size if size and predictor != NONE else 0
-    learner = make_predictor(predictor, trace, others)
-    quality = accuracy(learner, trace) if learner else None
+    quality, guesses = _observed(predictor, trace, others, question.batch, prefetch)
     for policy in question.policies:
         if prefetch:
             if policy == BOUND:
                 continue  # Knowing the future leaves nothing to predict.
-            result = replay(
-                trace,
-                policy,
-                question.caches,
-                batch=question.batch,
-                predictor=make_predictor(predictor, trace, others),
-                prefetch=prefetch,
-            )
+            result = replay(trace, policy, question.caches, batch=question.batch, guesses=guesses)
         else:
             canonical = ENGINE_DEFAULT if policy == ALIAS else policy
             if canonical not in known:
@@ -157,6 +150,20 @@ def _rows(
                 unique_hit_ratio=result.load_hit_ratio(place) if question.batch > 1 else None,
                 **_quality(quality, result, place, size, prefetch),
             )
+
+
+def _observed(
+    name: str, trace: Trace, others: list[Trace], batch: int, prefetch: int
+) -> tuple[Accuracy | None, Guesses | None]:
+    """How good the guesses are, token by token, and those for the steps of the batch."""
+    learner = make_predictor(name, trace, others)
+    if learner is None:
+        return None, None
+    quality, guesses = observe(learner, trace, prefetch=prefetch)
+    again = make_predictor(name, trace, others) if prefetch and batch > 1 else None
+    if again is not None:
+        _, guesses = observe(again, trace, batch=batch, prefetch=prefetch)
+    return quality, guesses
 
 
 def _per_token(experts: int, size: int | None, tokens: int) -> float | None:
