@@ -70,17 +70,18 @@ class AdaptivePolicy:
         """Ranks by the leader's order where a layer may evict by it, elsewhere as LRU does."""
         lru_CLE, own_CLE = self._caches.held(LRU), self._caches.held(OWN)
         deviations = [np.count_nonzero(deviates_LE) for deviates_LE in lru_CLE & ~own_CLE]
-        leading_CLE = rank_MLE[self._leaders]
+        score_CLE: Ranks = rank_MLE[self._leaders]
         layers = self._layers.size
         prices = [DEVIATION_PRICE * (layers + deviation) for deviation in deviations]
         if all(price <= balance for price, balance in zip(prices, self._balances, strict=True)):
-            return leading_CLE
+            return score_CLE
         # If not all layers may deviate they take turns.
         back_L = layers - 1 - (self._layers + STRIDE * number) % layers
         price_CL = np.array(prices)[:, None] - DEVIATION_PRICE * back_L
-        is_free_CL = price_CL <= np.array(self._balances)[:, None]
-        as_lru_CLE = rank_MLE[LRU] - np.int32(_LOWERED) * ~lru_CLE
-        return np.where(is_free_CL[..., None], leading_CLE, as_lru_CLE)
+        size, layer = np.nonzero(price_CL > np.array(self._balances)[:, None])
+        lowered = np.int32(_LOWERED) * ~lru_CLE[size, layer]
+        score_CLE[size, layer] = rank_MLE[LRU, layer] - lowered
+        return score_CLE
 
     def _vote(self, step: Step, hits_CR: Ints) -> None:
         votes_CM = self._votes_CM
