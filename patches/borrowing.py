@@ -44,7 +44,7 @@ class Share:
     total_bytes: int
     """What vLLM may take of the device, 0 if that was not limited."""
     dense_bytes: int
-    """Weights that are not offloaded, 0 where vLLM does not measure them, as on a CPU."""
+    """Weights that are not offloaded."""
     layers: int
     slots: int
     """Of all layers, now."""
