@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_moe_offload import patches
 from vllm_moe_offload.checkpoint_check import (
     groups_out_of_order,
+    is_group_index,
     missing_expert_tensors,
     tensor_names,
 )
@@ -189,9 +190,8 @@ def check_checkpoint(vllm_config: Any) -> None:
     folder = Path(vllm_config.model_config.model)
     if vllm_config.load_config.load_format == "dummy" or not folder.is_dir():
         return
-    missing = missing_expert_tensors(
-        tensor_names(folder), vllm_config.model_config.get_num_experts()
-    )
+    names = tensor_names(folder)
+    missing = missing_expert_tensors(names, vllm_config.model_config.get_num_experts())
     if missing:
         raise OffloadError(
             "checkpoint",
@@ -199,7 +199,8 @@ def check_checkpoint(vllm_config: Any) -> None:
             f"{len(missing)} expert tensors are missing, the first is {missing[0]}",
             "Download the checkpoint again or repair it",
         )
-    if name := groups_out_of_order(folder):
+    # The headers of a large checkpoint are not read again for nothing.
+    if any(map(is_group_index, names)) and (name := groups_out_of_order(folder)):
         raise OffloadError(
             "checkpoint",
             name,

@@ -44,6 +44,11 @@ def tensor_names(folder: Path) -> list[str]:
     return [tensor.name for file in _files(folder) for tensor in read_header(file)]
 
 
+def is_group_index(name: str) -> bool:
+    """Whether a tensor tells to which group each input of a GPTQ expert belongs."""
+    return name.endswith(".g_idx") and _PER_EXPERT.match(name) is not None
+
+
 def groups_out_of_order(folder: Path) -> str | None:
     """Name a GPTQ expert whose groups are in the order of activations (act-order).
 
@@ -53,8 +58,7 @@ def groups_out_of_order(folder: Path) -> str | None:
     from safetensors import safe_open
 
     for file in _files(folder):
-        names = (t.name for t in read_header(file) if t.name.endswith(".g_idx"))
-        name = next((name for name in names if _PER_EXPERT.match(name)), None)
+        name = next((t.name for t in read_header(file) if is_group_index(t.name)), None)
         if name is None:
             continue
         with safe_open(file, framework="pt") as content:
