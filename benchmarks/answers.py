@@ -26,6 +26,11 @@ def phases() -> dict[str, list[list[int]]]:
     return {**batches, f"prompt of {LONG_PROMPT}": [prompt(LONG_PROMPT)]}
 
 
+def plugin(share: float) -> dict[str, Any]:
+    """Arguments of an engine with this share of the experts in slots."""
+    return {"plugin": "moe-offload", "moe_offload": {"cache_fraction": share}}
+
+
 def generate(path: Path, **kwargs: Any) -> dict[str, Any]:
     """Start an engine, run all phases and take it down.
 

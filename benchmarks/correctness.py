@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
-from answers import difference, generate, tokens_of, until_tokens_part
+from answers import difference, generate, plugin, tokens_of, until_tokens_part
 
 
 class Case(NamedTuple):
@@ -62,16 +62,16 @@ def run_shares(path: Path, case: Case) -> dict[str, Any]:
     The start that compiles is not among the residencies: it tunes while it runs, and later starts
     load what it found.
     """
-    starts = {f"share {share}": _plugin(share) for share in SHARES} | {"stock": {}}
+    starts = {f"share {share}": plugin(share) for share in SHARES} | {"stock": {}}
     if case.mode != "eager":
-        again = {"share again": _plugin(REPEATED_SHARE), "stock again": {}}
-        starts = {"first start": _plugin(REPEATED_SHARE), **starts, **again}
+        again = {"share again": plugin(REPEATED_SHARE), "stock again": {}}
+        starts = {"first start": plugin(REPEATED_SHARE), **starts, **again}
     return _run_all(path, case, starts)
 
 
 def run_control(path: Path, case: Case) -> dict[str, Any]:
     """Run builds that share nothing with those of the case."""
-    starts = {"stock": {}, "stock again": {}, "share": _plugin(REPEATED_SHARE)}
+    starts = {"stock": {}, "stock again": {}, "share": plugin(REPEATED_SHARE)}
     return _run_all(path, case, starts)
 
 
@@ -92,10 +92,6 @@ def _mode_settings(mode: str) -> dict[str, Any]:
             "cudagraph_capture_sizes": GRAPH_SIZES,
         }
     return settings
-
-
-def _plugin(share: float) -> dict[str, Any]:
-    return {"plugin": "moe-offload", "moe_offload": {"cache_fraction": share}}
 
 
 def judge(case: Case, runs: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:

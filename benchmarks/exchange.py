@@ -6,7 +6,10 @@ was learned, and the CUDA graphs.
 """
 
 import gc
+import sys
+import traceback
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -106,6 +109,31 @@ class Exchange:
             graphs.clear()
         worker.model_runner.capture_model()
         torch.cuda.synchronize()
+
+
+def in_turn(
+    engines: Iterable[dict[str, Any]], run: Callable[[dict[str, Any]], None], talk: Any
+) -> None:
+    """Measure one engine after the other; one that fails leaves the others.
+
+    Args:
+        engines: with their ``name``.
+        run: exchanges the engine and notes its rows.
+        talk: see ``timed_server.Talk``.
+
+    Raises:
+        SystemExit: some have failed, by name; all that the process has to tell is written then.
+    """
+    failed = []
+    for asked in engines:
+        try:
+            run(asked)
+        except Exception:
+            failed.append(asked["name"])
+            traceback.print_exc()
+    if failed:
+        talk.end()
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def find_routers_early() -> None:

@@ -3,10 +3,9 @@
 import dataclasses
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import routing
 import timed_server
-from exchange import Exchange, find_routers_early
+from exchange import Exchange, find_routers_early, in_turn
 from server import Server, fill_dummies_quickly
 from shapes import SHAPES
 from timed_server import Talk, empty_slots
@@ -54,27 +53,21 @@ def compare(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     server = Server(folder, SHAPES[job["shape"]], job)
     exchange, lessons = Exchange(server.worker()), recorded(job, job["learned"])
     talk.wait_for_turn()
-    failed = []
-    for number, asked in enumerate(job["engines"]):
-        if time.time() > job["until"]:
-            break
-        options = dict(asked["options"])
+    numbers = count()
+
+    def run(asked: dict[str, Any]) -> None:
+        number, options = next(numbers), dict(asked["options"])
         if asked["records"]:
             options["trace_path"] = str(folder / f"traces-{number}")
         start = time.perf_counter()
-        try:
-            if number or options != job["settings"]["moe_offload"]:
-                exchange.build(options)
-            about = {"share": asked["share"], "exchange_seconds": time.perf_counter() - start}
-            for row in measured(server, strategy, asked["runs"], lessons):
-                talk.note({**about, **row, "said": list(exchange.said)})
-            check_tables(server.offload_engine())
-        except Exception:
-            failed.append(asked["name"])
-            traceback.print_exc()
-    if failed:
-        talk.end()
-        sys.exit(f"failed: {', '.join(failed)}")
+        if number or options != job["settings"]["moe_offload"]:
+            exchange.build(options)
+        about = {"share": asked["share"], "exchange_seconds": time.perf_counter() - start}
+        for row in measured(server, strategy, asked["runs"], lessons):
+            talk.note({**about, **row, "said": list(exchange.said)})
+        check_tables(server.offload_engine())
+
+    in_turn(takewhile(lambda _: time.time() <= job["until"], job["engines"]), run, talk)
 
 
 def follow(job: dict[str, Any]) -> routing.TraceReplay:

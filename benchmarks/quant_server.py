@@ -5,14 +5,13 @@ Called by ``jobs.py``.
 
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import timed_server
-from exchange import Exchange
+from exchange import Exchange, in_turn
 from quant_shapes import QUANT_SHAPES
 from shapes import SHAPES
 from timed_server import Talk
@@ -26,27 +25,24 @@ def time_shares(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     server, strategy = timed_server.started(job, folder, talk)
     exchange = Exchange(server.worker())
     talk.wait_for_turn()
-    failed, options = [], job["settings"]["moe_offload"]
-    for asked in job["engines"]:
+    options = job["settings"]["moe_offload"]
+
+    def run(asked: dict[str, Any]) -> None:
+        nonlocal options
         start = time.perf_counter()
-        try:
-            if asked["options"] != options:
-                exchange.build(asked["options"])
-                options = asked["options"]
-            about = {
-                "configuration": asked["name"],
-                "share": asked["share"],
-                "exchange_seconds": time.perf_counter() - start,
-                "row_bytes": row_bytes(server.stats()),
-            }
-            for row in timed_server.measured(server, strategy, {**job, "share": asked["share"]}):
-                talk.note({**about, **row})
-        except Exception:
-            failed.append(asked["name"])
-            traceback.print_exc()
-    if failed:
-        talk.end()
-        sys.exit(f"failed: {', '.join(failed)}")
+        if asked["options"] != options:
+            exchange.build(asked["options"])
+            options = asked["options"]
+        about = {
+            "configuration": asked["name"],
+            "share": asked["share"],
+            "exchange_seconds": time.perf_counter() - start,
+            "row_bytes": row_bytes(server.stats()),
+        }
+        for row in timed_server.measured(server, strategy, {**job, "share": asked["share"]}):
+            talk.note({**about, **row})
+
+    in_turn(job["engines"], run, talk)
 
 
 def row_bytes(stats: dict[str, int] | None) -> float:

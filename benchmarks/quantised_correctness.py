@@ -26,13 +26,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
-from answers import difference, generate, tokens_of, until_tokens_part
+from answers import difference, generate, plugin, tokens_of, until_tokens_part
 from correctness import HAS_GPU, what_failed
 
-SHARES = (0.0, 0.25, 1.0)
-ROUNDING = 0.125
-"""Of log-probabilities: two steps of bfloat16 at logits from 8 to 16."""
+from vllm_moe_offload.demo.agreement import ROUNDING, steps_apart
 
+SHARES = (0.0, 0.25, 1.0)
 BACKENDS = {
     "fp8": "triton", "fp8-channel": "triton", "fp8-tensor": "triton",
     "w4a16": "triton", "w4a16-zeros": "triton", "w4a16-channel": "marlin", "w8a16": "triton",
@@ -67,9 +66,9 @@ def run_one(form: str) -> dict[str, Any]:
         eager = {"enforce_eager": True}
         for share in SHARES:
             runs[f"share {share}"] = _start(
-                f"share {share}", stored, dtype="bfloat16", **eager, **_plugin(share)
+                f"share {share}", stored, dtype="bfloat16", **eager, **plugin(share)
             )
-        runs["one layer"] = _start("one layer", shallow, dtype="bfloat16", **eager, **_plugin(0.25))
+        runs["one layer"] = _start("one layer", shallow, dtype="bfloat16", **eager, **plugin(0.25))
         try:
             runs["stock"] = _start(
                 "stock", shallow, dtype="bfloat16", moe_backend=BACKENDS[form], **eager
@@ -77,7 +76,7 @@ def run_one(form: str) -> dict[str, Any]:
         except Exception as error:
             runs["stock"] = {"error": f"{type(error).__name__}: {error}"[:500]}
         _allow_float32()
-        runs["float32"] = _start("float32", stored, dtype="float32", **eager, **_plugin(0.25))
+        runs["float32"] = _start("float32", stored, dtype="float32", **eager, **plugin(0.25))
         runs["decoded"] = _start("decoded", decoded, dtype="float32", **eager)
     return runs
 
@@ -85,10 +84,6 @@ def run_one(form: str) -> dict[str, Any]:
 def _start(name: str, path: Path, **settings: Any) -> dict[str, Any]:
     print(f"start: {name}", flush=True)  # the last one in a log is the one that failed
     return generate(path, **settings)
-
-
-def _plugin(share: float) -> dict[str, Any]:
-    return {"plugin": "moe-offload", "moe_offload": {"cache_fraction": share}}
 
 
 def _allow_float32() -> None:
@@ -140,19 +135,12 @@ def judge(form: str, runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def apart_by(stock: dict[str, Any], mine: dict[str, Any]) -> float:
-    """Largest difference of log-probabilities up to where tokens part, that step included.
-
-    Where they part each side names its own token; two that are as likely have log-probabilities
-    that are as close.
-    """
-    worst = 0.0
-    for phase, requests in stock["answers"].items():
-        for theirs, ours in zip(requests, mine["answers"][phase], strict=True):
-            for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
-                worst = max(worst, abs(a - b))
-                if their_token != our_token:
-                    break
-    return worst
+    """Largest difference between the answers of all phases, see ``steps_apart``."""
+    return max(
+        steps_apart(ours, theirs)
+        for phase, requests in stock["answers"].items()
+        for theirs, ours in zip(requests, mine["answers"][phase], strict=True)
+    )
 
 
 def same_requests(stock: dict[str, Any], mine: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Then tokens may part where two are as likely as each other within the rounding. 
 elsewhere, nor may log-probabilities before that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vllm_moe_offload.demo.conversation import Answer
 
@@ -13,18 +13,28 @@ ROUNDING = 0.125
 
 
 def apart(ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
+    """Largest difference between answers, see ``steps_apart``."""
+    return max(
+        steps_apart(
+            zip(mine.token_ids, mine.logprobs, strict=True),
+            zip(other.token_ids, other.logprobs, strict=True),
+        )
+        for mine, other in zip(ours, theirs, strict=True)
+    )
+
+
+def steps_apart(mine: Iterable[tuple[int, float]], other: Iterable[tuple[int, float]]) -> float:
     """Largest difference of log-probabilities up to where tokens part, that step included.
 
     There each side names its own token; two that are as likely have log-probabilities that are as
     close.
+
+    Args:
+        mine: token and log-probability of every step.
+        other: the same of another server.
     """
-    return max(_apart(*pair) for pair in zip(ours, theirs, strict=True))
-
-
-def _apart(mine: Answer, other: Answer) -> float:
     worst = 0.0
-    steps = zip(mine.token_ids, mine.logprobs, other.token_ids, other.logprobs, strict=True)
-    for my_token, my_logprob, token, logprob in steps:
+    for (my_token, my_logprob), (token, logprob) in zip(mine, other, strict=True):
         worst = max(worst, abs(my_logprob - logprob))
         if my_token != token:
             break
