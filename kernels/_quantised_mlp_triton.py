@@ -14,8 +14,10 @@ from vllm_moe_offload.kernels._activation_triton import activate
 from vllm_moe_offload.kernels._decode_triton import (
     code_scale,
     e4m3,
+    in_order_of_codes,
     minus_zeros,
     nibbles,
+    of_sums,
     over_terms,
     scale_as,
     uint8,
@@ -67,10 +69,39 @@ def _per_group(
 
 
 @triton.jit
+def _scales(
+    scale, scale_stride, column, first, SCALE_ROWS: tl.constexpr, SCALE_TERMS: tl.constexpr,
+    TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Load a tile's scales [G, BLOCK_N]; groups past the last, of no terms, have that one's."""
+    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
+    group = tl.minimum(first // SCALE_TERMS + tl.arange(0, GROUPS), (TERMS - 1) // SCALE_TERMS)
+    return tl.load(scale + (column // SCALE_ROWS * scale_stride)[None, :] + group[:, None])
+
+
+@triton.jit
+def _words(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load a tile's activations, [BLOCK_M, BLOCK_K / 2] words.
+
+    In shared memory 16 words of every row come before the next 16: lanes read four words of each
+    of two rows at a time, which have to be in different banks.
+    """
+    BLOCK_M: tl.constexpr = a_rows.shape[0]
+    part = tl.arange(0, BLOCK_K // 32)[:, None, None] * 16
+    place = first // 2 + part + tl.arange(0, 16)[None, None, :]
+    mask = a_mask[None, :, None]
+    if TERMS % BLOCK_K != 0:
+        mask = mask & (place < TERMS // 2)
+    words = tl.load(a_rows[None, :, None] + place, mask=mask, other=0)
+    return words.permute(1, 0, 2).reshape(BLOCK_M, BLOCK_K // 2)
+
+
+@triton.jit
 def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, of, dtype):
     """Load a tile's even and odd terms, [BLOCK_M, BLOCK_K / 2] each, as ``dtype``.
 
-    Two values of 16 bits come as one word, float32 by themselves.
+    Two values of 16 bits come as one word, float32 by themselves. Within the halves the terms are
+    in the order of ``nibbles``.
     """
     place = first // 2 + tl.arange(0, BLOCK_K // 2)
     mask = a_mask[:, None]
@@ -80,23 +111,25 @@ def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.conste
         at = a_rows[:, None] + 2 * place[None, :]
         even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
     else:
-        words = tl.load(a_rows[:, None] + place[None, :], mask=mask, other=0)
+        words = _words(a_rows, a_mask, first, TERMS, BLOCK_K)
         words = words.to(tl.uint32, bitcast=True)
         even = (words & 0xFFFF).to(tl.uint16).to(of, bitcast=True)
         odd = (words >> 16).to(tl.uint16).to(of, bitcast=True)
+    if dtype != tl.float32:
+        even, odd = in_order_of_codes(even), in_order_of_codes(odd)
     return even.to(dtype), odd.to(dtype)
 
 
 @triton.jit
 def _paired_codes(
-    acc, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
-    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SCALE_TERMS: tl.constexpr, SCALED: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
-    of: tl.constexpr, dtype: tl.constexpr,
+    acc, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
+    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
+    of: tl.constexpr, dtype: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Add the products with a tile of 4-bit codes, first the even terms, then the odd ones.
 
-    SCALED says that scales are applied to codes.
+    ``scales_GN`` are the tile's, None where scales are applied to sums. SWAPPED computes the
+    transpose: a product on the tensor cores has 16 columns and 8 pairs then, not 8 and 16.
     """
     even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, of, dtype)
     byte = first // 2 + tl.arange(0, BLOCK_K // 2)
@@ -115,16 +148,24 @@ def _paired_codes(
         minus = over_terms(minus_GN, BLOCK_K // 2 // minus_GN.shape[0])
     elif ELEMENTS == "uint4":
         minus = minus_zeros(tl.full(raw.shape, ZERO, tl.int32), dtype)
-    if SCALED:
-        row = column // SCALE_ROWS * scale_stride
-        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
-        factors = over_terms(scale_as(factors_GN, dtype), BLOCK_K // 2 // factors_GN.shape[0])
+    if scales_GN is not None:
+        factors_GN = scale_as(scales_GN, ELEMENTS, dtype)
+        factors = over_terms(factors_GN, BLOCK_K // 2 // factors_GN.shape[0])
     elif ELEMENTS == "e2m1":
-        factors = tl.full(raw.shape, 1.0, dtype)
+        factors = scale_as(tl.full(raw.shape, 1.0, tl.float32), ELEMENTS, dtype)
     b = nibbles(raw, minus, factors, ELEMENTS, False, dtype)
-    acc = tl.dot(even, b, acc, input_precision="ieee")
+    acc = _dot(even, b, acc, SWAPPED)
     b = nibbles(raw, minus, factors, ELEMENTS, True, dtype)
-    return tl.dot(odd, b, acc, input_precision="ieee")
+    return _dot(odd, b, acc, SWAPPED)
+
+
+@triton.jit
+def _dot(a, b, acc, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        acc = tl.dot(b.T, a.T, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -183,13 +224,16 @@ def _product(  # noqa: PLR0912
     scale, scale_stride, column,
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_K: tl.constexpr, of: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, of: tl.constexpr, SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Multiply BLOCK_M rows by BLOCK_N columns over TERMS terms, summed in float32.
 
     Scales that span at least BLOCK_K terms are applied to sums, others to the decoded tile.
     """
-    acc = tl.zeros([a_rows.shape[0], column.shape[0]], tl.float32)
+    if SWAPPED:
+        acc = tl.zeros([column.shape[0], a_rows.shape[0]], tl.float32)
+    else:
+        acc = tl.zeros([a_rows.shape[0], column.shape[0]], tl.float32)
     PAIRED: tl.constexpr = ELEMENTS == "uint4" or ELEMENTS == "e2m1"  # noqa: PLR1714
     # Many rows make more sums than codes, and no registers for factors of both.
     FEW_ROWS: tl.constexpr = a_rows.shape[0] <= 32
@@ -197,23 +241,35 @@ def _product(  # noqa: PLR0912
         SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS and (FEW_ROWS or not PAIRED)
     )
     AHEAD: tl.constexpr = OF_SUMS and FEW_ROWS
+    SCALED: tl.constexpr = PAIRED and SCALE_TERMS < TERMS and not OF_SUMS
     dtype: tl.constexpr = tl.float32 if UPCAST else of
     codes_of_column = codes + column * code_stride
     scale_of_column = scale + column // SCALE_ROWS * scale_stride
     if AHEAD:
         factor = _factor(scale_of_column, a_scale, a_mask, 0, INPUTS == "group")
+    scales_GN = None
+    if SCALED:
+        scales_GN = _scales(
+            scale, scale_stride, column, 0, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K
+        )  # fmt: skip
     for first in range(0, TERMS, BLOCK_K):
         base = tl.zeros_like(acc) if OF_SUMS else acc
         if AHEAD:
             # The next tile's scales are on their way while this one is computed.
             group = tl.minimum(first + BLOCK_K, TERMS - 1) // SCALE_TERMS
             next_factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
+        if SCALED:
+            next_scales_GN = _scales(
+                scale, scale_stride, column, first + BLOCK_K, SCALE_ROWS, SCALE_TERMS, TERMS,
+                BLOCK_K,
+            )  # fmt: skip
         if PAIRED:
             part = _paired_codes(
-                base, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride,
-                column, first, ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS,
-                SCALE_TERMS < TERMS and not OF_SUMS, TERMS, BLOCK_K, of, dtype,
+                base, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
+                ELEMENTS, ZERO, SCALE_TERMS, TERMS, BLOCK_K, of, dtype, SWAPPED,
             )  # fmt: skip
+            if SCALED:
+                scales_GN = next_scales_GN
         else:
             part = _whole_terms(
                 base, a_rows, a_mask, input_scale, codes_of_column, zero, zero_stride,
@@ -227,11 +283,16 @@ def _product(  # noqa: PLR0912
             of_column, of_row = factor
             if INPUTS == "group":
                 part *= of_row[:, None]
-            acc += part * code_scale(of_column)[None, :]
+            if SWAPPED:
+                acc += part * code_scale(of_column)[:, None]
+            else:
+                acc += part * code_scale(of_column)[None, :]
             if AHEAD:
                 factor = next_factor
         else:
             acc = part
+    if SWAPPED:
+        acc = acc.T
     if SCALE_TERMS >= TERMS:
         if INPUTS == "group":
             acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
@@ -240,7 +301,7 @@ def _product(  # noqa: PLR0912
         acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
     if INPUTS == "static":
         acc *= input_scale
-    return acc
+    return of_sums(acc, ELEMENTS, dtype)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -256,7 +317,7 @@ def quantised_gate_up_kernel(
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, PART_ROWS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``h_PI[t K + k] = act(w13[row] @ x[t] + b13[row])``; the sum is rounded before ``act``."""
     COLUMNS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
@@ -287,7 +348,7 @@ def quantised_gate_up_kernel(
         x + token * x_stride, real, x_scale, input_scale, codes + row * code_row, code_stride,
         zero, zero_stride, scale + row * scale_row, scale_stride, column,
         ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K,
-        h_PI.dtype.element_ty, UPCAST,
+        h_PI.dtype.element_ty, SWAPPED, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row + column // PART_ROWS)[None, :]
@@ -314,7 +375,7 @@ def quantised_down_kernel(
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``out[t K + k] = weight[t K + k] * (w2[row] @ h_PI[t K + k] + b2[row])``."""
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -341,7 +402,7 @@ def quantised_down_kernel(
         h_PI + place * h_stride, real, h_scale, input_scale, codes + row * code_row,
         code_stride, zero, zero_stride, scale + row * scale_row, scale_stride, column,
         ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K,
-        out.dtype.element_ty, UPCAST,
+        out.dtype.element_ty, SWAPPED, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row)

@@ -19,10 +19,12 @@ class QuantisedTiles(TileConfig):
     """Tiles of both products.
 
     With ``rounds_inside`` the products round their activations themselves, once for every tile of
-    columns; otherwise kernels of their own do it once, in two more launches.
+    columns; otherwise kernels of their own do it once, in two more launches. ``swapped`` products
+    over 4-bit codes compute the transpose, for which 8 pairs are enough to fill the tensor cores.
     """
 
     rounds_inside: bool = False
+    swapped: bool = False
 
 
 def quantised_tiles(
