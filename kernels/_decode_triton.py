@@ -142,25 +142,26 @@ def _floats(of: str, *, odd: bool) -> str:
     (float16), which is right below the normal range too. In bfloat16 the scale and the sums
     multiply that back; the range of float16 has no room for it.
     """
-    magnitude = 6 if of == "bf16" else 9
     lines = [] if of == "bf16" else ["mov.b32 one, 0x74007400"]
     for n in (0, 1):
-        at = 4 * odd + 8 * n
-        lines += [
-            _shifted("t", at, 12),
-            _shifted("u", at, magnitude),
-            f"and.b32 u, u, 0x{7 << magnitude:04X}{7 << magnitude:04X}",
-            "lop3.b32 t, t, 0x80008000, u, 0xEA",  # a & b | c
-        ]
-        if of == "f16":
-            lines.append("fma.rn.f16x2 t, t, one, nought")
+        lines.append(f"shr.b32 t, $2, {8 * n}")
+        if of == "bf16":
+            # The product holds the code twice, its sign in bit 15 and the rest in bits 6 to 8.
+            lines += [
+                f"and.b32 t, t, 0x{'00F000F0' if odd else '000F000F'}",
+                f"mul.lo.u32 t, t, 0x{0x104 if odd else 0x1040:X}",
+                "and.b32 t, t, 0x81C081C0",
+            ]
+        else:
+            lines += [
+                f"shl.b32 u, t, {5 if odd else 9}",
+                f"shl.b32 t, t, {8 if odd else 12}",
+                "and.b32 u, u, 0x0E000E00",
+                "lop3.b32 t, t, 0x80008000, u, 0xEA",  # a & b | c
+                "fma.rn.f16x2 t, t, one, nought",
+            ]
         lines.append(f"fma.rn.{of}x2 ${n}, t, ${n + 3}, nought")
     return _block(lines)
-
-
-def _shifted(to: str, at: int, wanted: int) -> str:
-    """PTX that brings the lowest bit of a code from one place of a half word to another."""
-    return f"{'shl' if wanted > at else 'shr'}.b32 {to}, $2, {abs(wanted - at)}"
 
 
 def _block(lines: list[str]) -> str:
