@@ -323,10 +323,16 @@ def quantised_gate_up_kernel(
     COLUMNS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
+    if GROUP_M == 1:
+        # Read whether there is such a block or not: volatile, or it would wait to be known.
+        block, tile_n = program // TILES_N, program % TILES_N
+        expert = tl.load(expert_of_block + block, volatile=True)
     if program >= num_blocks * TILES_N:
         return
-    block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
-    row = tl.load(row_of_E + tl.load(expert_of_block + block)).to(tl.int64)
+    if GROUP_M > 1:
+        block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
+        expert = tl.load(expert_of_block + block)
+    row = tl.load(row_of_E + expert).to(tl.int64)
     if row < 0:
         return
     pair = tl.load(sorted_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -380,10 +386,16 @@ def quantised_down_kernel(
     """``out[t K + k] = weight[t K + k] * (w2[row] @ h_PI[t K + k] + b2[row])``."""
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
+    if GROUP_M == 1:
+        # Read whether there is such a block or not: volatile, or it would wait to be known.
+        block, tile_n = program // TILES_N, program % TILES_N
+        expert = tl.load(expert_of_block + block, volatile=True)
     if program >= num_blocks * TILES_N:
         return
-    block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
-    row = tl.load(row_of_E + tl.load(expert_of_block + block)).to(tl.int64)
+    if GROUP_M > 1:
+        block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
+        expert = tl.load(expert_of_block + block)
+    row = tl.load(row_of_E + expert).to(tl.int64)
     if row < 0:
         return
     pair = tl.load(sorted_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
