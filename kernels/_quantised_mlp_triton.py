@@ -11,18 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_moe_offload.kernels._activation_triton import activate
-from vllm_moe_offload.kernels._decode_triton import (
-    code_scale,
-    e4m3,
-    in_order_of_codes,
-    minus_zeros,
-    nibbles,
-    of_sums,
-    over_terms,
-    scale_as,
-    uint8,
-)
+from vllm_moe_offload.kernels._decode_triton import code_scale, e4m3, of_sums, over_terms, uint8
 from vllm_moe_offload.kernels._expert_mlp_triton import _tile_of
+from vllm_moe_offload.kernels._paired_codes_triton import paired_codes, per_group, scales_ahead
 from vllm_moe_offload.kernels._quantise_triton import group_factor, quotient, to_e4m3
 
 
@@ -43,129 +34,13 @@ def _single_codes(
     elif zero is None:
         values = uint8(raw) - ZERO
     else:
-        points_GN = _per_group(zero, column * zero_stride, first, SCALE_TERMS, TERMS, BLOCK_K)
+        points_GN = per_group(zero, column * zero_stride, first, SCALE_TERMS, TERMS, BLOCK_K)
         values = uint8(raw) - over_terms(uint8(points_GN), BLOCK_K // points_GN.shape[0])
     if SCALE_TERMS < BLOCK_K:
         row = column // SCALE_ROWS * scale_stride
-        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
+        factors_GN = per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
         values *= over_terms(code_scale(factors_GN), SCALE_TERMS)
     return values.to(dtype)
-
-
-@triton.jit
-def _per_group(
-    tensor, row, first, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Load what a tile's groups share, [G, BLOCK_N]."""
-    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
-    group = first // SCALE_TERMS + tl.arange(0, GROUPS)
-    EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty == tl.uint8 else 0.0
-    if TERMS % BLOCK_K == 0:
-        tile_GN = tl.load(tensor + row[None, :] + group[:, None])
-    else:
-        inside = (group * SCALE_TERMS < TERMS)[:, None]
-        tile_GN = tl.load(tensor + row[None, :] + group[:, None], mask=inside, other=EMPTY)
-    return tile_GN
-
-
-@triton.jit
-def _scales(
-    scale, scale_stride, column, first, SCALE_ROWS: tl.constexpr, SCALE_TERMS: tl.constexpr,
-    TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Load a tile's scales [G, BLOCK_N]; groups past the last, of no terms, have that one's."""
-    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
-    group = tl.minimum(first // SCALE_TERMS + tl.arange(0, GROUPS), (TERMS - 1) // SCALE_TERMS)
-    return tl.load(scale + (column // SCALE_ROWS * scale_stride)[None, :] + group[:, None])
-
-
-@triton.jit
-def _words(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load a tile's activations, [BLOCK_M, BLOCK_K / 2] words.
-
-    In shared memory 16 words of every row come before the next 16: lanes read four words of each
-    of two rows at a time, which have to be in different banks.
-    """
-    BLOCK_M: tl.constexpr = a_rows.shape[0]
-    part = tl.arange(0, BLOCK_K // 32)[:, None, None] * 16
-    place = first // 2 + part + tl.arange(0, 16)[None, None, :]
-    mask = a_mask[None, :, None]
-    if TERMS % BLOCK_K != 0:
-        mask = mask & (place < TERMS // 2)
-    words = tl.load(a_rows[None, :, None] + place, mask=mask, other=0)
-    return words.permute(1, 0, 2).reshape(BLOCK_M, BLOCK_K // 2)
-
-
-@triton.jit
-def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, of, dtype):
-    """Load a tile's even and odd terms, [BLOCK_M, BLOCK_K / 2] each, as ``dtype``.
-
-    Two values of 16 bits come as one word, float32 by themselves. Within the halves the terms are
-    in the order of ``nibbles``.
-    """
-    place = first // 2 + tl.arange(0, BLOCK_K // 2)
-    mask = a_mask[:, None]
-    if TERMS % BLOCK_K != 0:
-        mask = mask & (place < TERMS // 2)[None, :]
-    if of == tl.float32:
-        at = a_rows[:, None] + 2 * place[None, :]
-        even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
-    else:
-        words = _words(a_rows, a_mask, first, TERMS, BLOCK_K)
-        words = words.to(tl.uint32, bitcast=True)
-        even = (words & 0xFFFF).to(tl.uint16).to(of, bitcast=True)
-        odd = (words >> 16).to(tl.uint16).to(of, bitcast=True)
-    if dtype != tl.float32:
-        even, odd = in_order_of_codes(even), in_order_of_codes(odd)
-    return even.to(dtype), odd.to(dtype)
-
-
-@triton.jit
-def _paired_codes(
-    acc, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
-    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
-    of: tl.constexpr, dtype: tl.constexpr, SWAPPED: tl.constexpr,
-):  # fmt: skip
-    """Add the products with a tile of 4-bit codes, first the even terms, then the odd ones.
-
-    ``scales_GN`` are the tile's, None where scales are applied to sums. SWAPPED computes the
-    transpose: a product on the tensor cores has 16 columns and 8 pairs then, not 8 and 16.
-    """
-    even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, of, dtype)
-    byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-    if TERMS % BLOCK_K == 0:
-        raw = tl.load(codes_of_column[None, :] + byte[:, None])
-    else:
-        inside = (byte < TERMS // 2)[:, None]
-        raw = tl.load(codes_of_column[None, :] + byte[:, None], mask=inside, other=0)
-    minus, factors = None, None
-    if zero is not None:
-        # Zero points of neighbouring columns share a byte.
-        row = column // 2 * zero_stride
-        points_GN = _per_group(zero, row, first, SCALE_TERMS, TERMS, BLOCK_K)
-        points_GN = (points_GN >> (column % 2 * 4).to(tl.uint8)[None, :]) & 0xF
-        minus_GN = minus_zeros(points_GN, dtype)
-        minus = over_terms(minus_GN, BLOCK_K // 2 // minus_GN.shape[0])
-    elif ELEMENTS == "uint4":
-        minus = minus_zeros(tl.full(raw.shape, ZERO, tl.int32), dtype)
-    if scales_GN is not None:
-        factors_GN = scale_as(scales_GN, ELEMENTS, dtype)
-        factors = over_terms(factors_GN, BLOCK_K // 2 // factors_GN.shape[0])
-    elif ELEMENTS == "e2m1":
-        factors = scale_as(tl.full(raw.shape, 1.0, tl.float32), ELEMENTS, dtype)
-    b = nibbles(raw, minus, factors, ELEMENTS, False, dtype)
-    acc = _dot(even, b, acc, SWAPPED)
-    b = nibbles(raw, minus, factors, ELEMENTS, True, dtype)
-    return _dot(odd, b, acc, SWAPPED)
-
-
-@triton.jit
-def _dot(a, b, acc, SWAPPED: tl.constexpr):
-    if SWAPPED:
-        acc = tl.dot(b.T, a.T, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    return acc
 
 
 @triton.jit
@@ -249,7 +124,7 @@ def _product(  # noqa: PLR0912
         factor = _factor(scale_of_column, a_scale, a_mask, 0, INPUTS == "group")
     scales_GN = None
     if SCALED:
-        scales_GN = _scales(
+        scales_GN = scales_ahead(
             scale, scale_stride, column, 0, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K
         )  # fmt: skip
     for first in range(0, TERMS, BLOCK_K):
@@ -259,12 +134,12 @@ def _product(  # noqa: PLR0912
             group = tl.minimum(first + BLOCK_K, TERMS - 1) // SCALE_TERMS
             next_factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
         if SCALED:
-            next_scales_GN = _scales(
+            next_scales_GN = scales_ahead(
                 scale, scale_stride, column, first + BLOCK_K, SCALE_ROWS, SCALE_TERMS, TERMS,
                 BLOCK_K,
             )  # fmt: skip
         if PAIRED:
-            part = _paired_codes(
+            part = paired_codes(
                 base, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
                 ELEMENTS, ZERO, SCALE_TERMS, TERMS, BLOCK_K, of, dtype, SWAPPED,
             )  # fmt: skip
@@ -291,9 +166,18 @@ def _product(  # noqa: PLR0912
                 factor = next_factor
         else:
             acc = part
-    if SWAPPED:
-        acc = acc.T
-    if SCALE_TERMS >= TERMS:
+    acc = of_sums(acc.T if SWAPPED else acc, ELEMENTS, dtype)
+    return _with_scales_of_all(
+        acc, scale_of_column, a_scale, a_mask, input_scale, SCALE_TERMS >= TERMS, INPUTS
+    )
+
+
+@triton.jit
+def _with_scales_of_all(
+    acc, scale_of_column, a_scale, a_mask, input_scale, ONE: tl.constexpr, INPUTS: tl.constexpr
+):  # fmt: skip
+    """Apply to complete sums the scales that span all their terms; of columns there may be ONE."""
+    if ONE:
         if INPUTS == "group":
             acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
         acc *= code_scale(tl.load(scale_of_column))[None, :]
@@ -301,7 +185,7 @@ def _product(  # noqa: PLR0912
         acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
     if INPUTS == "static":
         acc *= input_scale
-    return of_sums(acc, ELEMENTS, dtype)
+    return acc
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
