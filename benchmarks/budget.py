@@ -70,7 +70,7 @@ def budget(name: str, options: dict[str, Any]) -> list[Job]:
     tiny = name.startswith("tiny")
     asked = [_server("auto", name, {"kv_policy": "auto", **options})]
     for share in SPLITS:
-        floor = floor_for(share, SHAPES[name], sizes(tiny))
+        floor = floor_for(share, BUDGET_SHAPES[name], sizes(tiny))
         asked.append(
             _server(
                 f"fixed {share:.2f}", name, {"kv_policy": "fixed", "kv_floor": floor, **options}
@@ -93,7 +93,7 @@ def token_bytes(shape: Shape) -> int:
 
 
 def _server(label: str, name: str, offload: dict[str, Any]) -> Job:
-    tiny, shape = name.startswith("tiny"), SHAPES[name]
+    tiny, shape = name.startswith("tiny"), BUDGET_SHAPES[name]
     size = sizes(tiny)
     settings: dict[str, Any] = {
         "kv_cache_memory_bytes": size["kv_bytes"],

@@ -4,10 +4,10 @@
     python benchmarks/everything.py --out FOLDER --only engine kernels --limit-s 560
 
 Every GPU has its share of the processor cores, so that steps which wait for the host are not held
-up by what is measured beside them. What two GPUs still have in common is the host's memory. A GPU
-that is named twice takes two measurements at a time, which is for those that time nothing. A
-measurement that needs a trace is left out without ``--traces``. At the end of ``--limit-s`` what
-still runs is asked to end; it has written what it has.
+up by what is measured beside them. GPUs of one host share its memory, so servers get ready beside
+each other and are timed in turn. A GPU that is named twice takes two measurements at a time, which
+is for those that time nothing. A measurement that needs a trace is left out without ``--traces``.
+At the end of ``--limit-s`` what still runs is asked to end; it has written what it has.
 """
 
 import argparse
@@ -20,6 +20,10 @@ import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
+
+from turn import TURN_FILE
 
 GRACE_S = 15.0
 """Seconds that a measurement has to end its servers."""
@@ -197,7 +201,7 @@ def measure(
                 return
             command = command_of(measurement, args, left, len(place.cores))
             log = args.logs / f"{measurement.name}.log"
-            status = _run(command, place, log, left - GRACE_S)
+            status = _run(command, place, log, left - GRACE_S, args.logs / "turn")
             outcome = "done" if status == 0 else f"failed ({status})"
             outcomes[measurement.name] = outcome
             elapsed = time.monotonic() - start
@@ -211,10 +215,13 @@ def measure(
     return outcomes
 
 
-def _run(command: list[str], place: Place, log: Path, limit_s: float) -> int:
+def _run(command: list[str], place: Place, log: Path, limit_s: float, turn: Path) -> int:
     """Run a command to its end or the limit; what it has started ends with it."""
     pinned = ["taskset", "--cpu-list", ",".join(map(str, place.cores)), *command]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(place.gpu), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": str(place.gpu), "PYTHONUNBUFFERED": "1",
+        TURN_FILE: str(turn.resolve()),
+    }  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(
             pinned, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import SHAPES
+from turn import my_turn
 
 SCRIPT = str(Path(__file__).with_name("timed_server.py"))
 
@@ -54,8 +55,10 @@ def run_all(
             for process in processes:
                 process.get_ready(time_limit)
             for process in processes:
-                yield process.result(time_limit)
+                with my_turn():
+                    result = process.result(time_limit)
                 process.close()
+                yield result
             processes, following = following, []
     finally:
         for process in [*processes, *following]:

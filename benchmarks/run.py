@@ -66,6 +66,7 @@ def main() -> int:
         (done,) = run_all([profiled(asked, case, int(size), str(text))])
         print(text.read_text() if done["exit"] == 0 else done["log"])
         return int(done["exit"] != 0)
+    check_names(args.only, [job["name"] for job in jobs])
     result = measure(args, [job for job in jobs if not args.only or job["name"] in args.only])
     report.show(result)
     failed = [v for v in result["targets"] if v["passed"] is False]
@@ -85,6 +86,7 @@ def quantised(args: argparse.Namespace) -> int:
     if args.list:
         print(*quant.configurations(asked), sep="\n")
         return 0
+    check_names(args.only, [*quant.configurations(asked), *(job["name"] for job in asked), *names])
     result = quant.measure(
         args.out, quant.only(asked, args.only), provenance(args.commit),
         together=args.together, fresh=not args.only,
@@ -100,8 +102,14 @@ def shared_budget(args: argparse.Namespace) -> int:
     from machine import provenance
 
     real, tiny = budget.BUDGET_SHAPES
+    shape = tiny if args.shape == "tiny" else real
+    names = [job["name"] for job in budget.budget(shape, args.option)]
+    if args.list:
+        print(*names, sep="\n")
+        return 0
+    check_names(args.only, names)
     result = budget.measure(
-        args.out, tiny if args.shape == "tiny" else real, args.option, provenance(args.commit),
+        args.out, shape, args.option, provenance(args.commit),
         only=args.only, together=args.together,
     )  # fmt: skip
     report.show(result)
@@ -119,6 +127,7 @@ def predicted(args: argparse.Namespace) -> int:
     if args.list:
         print(*prediction.names(asked), sep="\n")
         return 0
+    check_names(args.only, prediction.names(asked))
     result = prediction.measure(
         args.out, prediction.only(asked, args.only), provenance(args.commit),
         together=args.together, minutes=args.minutes, fresh=not args.only,
@@ -130,6 +139,12 @@ def predicted(args: argparse.Namespace) -> int:
 
 ALONE = {"quant": quantised, "budget": shared_budget, "prediction": predicted}
 """Suites that run alone."""
+
+
+def check_names(wanted: list[str] | None, names: list[str]) -> None:
+    """End where a name is of nothing that the suite measures."""
+    if unknown := [name for name in wanted or () if name not in names]:
+        sys.exit(f"--only: no {', '.join(unknown)} here; --list names all configurations")
 
 
 def planned(suite: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from shapes import SHAPES
 TOP_KERNELS = 40
 """Lines of a profile."""
 
-MAX_REPEATS, REPEAT_SECONDS = 6, 1.5
+MAX_REPEATS, REPEAT_SECONDS = 6, 2.5
 """How often, and for how long, a case is measured again."""
 
 SETTLE_STEPS = 30

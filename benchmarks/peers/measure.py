@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from machine import without_folder
+from turn import my_turn
 
 from peers.agreement import Replies, agreement
 from peers.client import PeerError, Prompt, Reply, Round, ask
@@ -72,7 +73,8 @@ def measure(
             systems[0].watch_memory()
         list(pool.map(lambda system: system.get_ready(questions, start_limit_s), systems))
         for system in systems:
-            system.answer(questions, rounds)
+            with my_turn():
+                system.answer(questions, rounds)
             system.end()
             yield system.row, system.replies
 

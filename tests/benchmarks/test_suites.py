@@ -155,3 +155,11 @@ def test_rounds_fit():
     assert all(len(r) <= 2 for r in jobs.rounds(asked, jobs.Memory(1 << 60, 1 << 60, 2)))
     assert len(jobs.rounds(asked, jobs.Memory(1 << 60, 1 << 60))) == 1
     assert jobs.rounds(asked, jobs.Memory(0, 0)) == [[j] for j in asked]
+
+
+@pytest.mark.parametrize("suite", ["engine", "quant", "budget"])
+def test_a_configuration_that_is_not_there_is_named(suite, tmp_path, monkeypatch):
+    words = ["run.py", "--suite", suite, "--shape", "tiny", "--only", "nothing"]
+    monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path / "result.json")])
+    with pytest.raises(SystemExit, match="no nothing here"):
+        run.main()
