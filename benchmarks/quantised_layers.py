@@ -100,6 +100,7 @@ def candidates(shape: Shape, tokens: int) -> Iterator[QuantisedTiles]:
             (16, 128, 128, 1, 4, 5), (16, 128, 128, 1, 8, 4),
         ]  # fmt: skip
         if shape.form.bits == 4:
+            yield from (QuantisedTiles(8, *tile[1:], swapped=True) for tile in tiles)
             tiles += [(16, 64, 64, 1, 2, 6), (16, 32, 128, 1, 1, 6)]
         if shape.form.name == "mxfp4":
             tiles.append((16, 64, 256, 1, 4, 3))
@@ -262,8 +263,8 @@ def measure(name: str, rate: float) -> Iterator[dict[str, Any]]:
             except Exception as error:
                 yield {**about, "stock_error": f"{type(error).__name__} {error}"[:200]}
         for tiles in candidates(shape, tokens):
-            *sizes, inside = astuple(tiles)
-            row = {**about, "tiles": sizes, "inside": inside}
+            *sizes, inside, swapped = astuple(tiles)
+            row = {**about, "tiles": sizes, "inside": inside, "swapped": swapped}
             try:
                 yield row | timed(layers, tiles)
             except Exception as error:
@@ -282,6 +283,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
                f"{first['down_bound_us']:.1f} us, vLLM {stock and round(stock, 1)}")  # fmt: skip
         for row in sorted((r for r in found if "all_us" in r), key=lambda r: r["all_us"]):
             tiles = ",".join(map(str, row["tiles"])) + (" inside" if row["inside"] else "")
+            tiles += " swapped" if row["swapped"] else ""
             off = "" if row["difference"] is None else f" off {row['difference']:.1e}"
             times = f"{row['gate_up_us']:.1f} + {row['down_us']:.1f}, {row['all_us']:.1f}"
             yield f"{tiles}: {times}{off}"

@@ -4,7 +4,8 @@
 Of two 4-bit codes in a byte the lower bits are the even term and the higher bits the odd one. They
 are never brought side by side: a product takes all even terms, then all odd ones. On a GPU four
 bytes at a time are decoded to 16-bit values, two in a register, by bit operations in PTX, because
-the compiler would take every value apart.
+the compiler would take every value apart. A register takes its two codes from bytes that are two
+apart, where one mask finds both: of bytes 0 1 2 3 come values 0 2 1 3, see ``in_order_of_codes``.
 
 Legend: K terms, N columns, G groups of terms with one scale.
 """
@@ -27,18 +28,51 @@ def code_scale(raw):
     return scale
 
 
-@triton.jit
-def scale_as(raw, dtype: tl.constexpr):
-    """Turn stored scales into the type that 4-bit codes are decoded to.
+_EXPONENTS = tl.constexpr(
+    """{
+    .reg .b32 most, t, u;
+    mov.b32 most, 0x00A000A0;
+    prmt.b32 t, $2, 0, 0x4140;
+    prmt.b32 u, $2, 0, 0x4342;
+    min.u16x2 t, t, most;
+    min.u16x2 u, u, most;
+    mad.lo.u32 $0, t, 128, 0x2F002F00;
+    mad.lo.u32 $1, u, 128, 0x2F002F00;
+    }"""
+)
+"""PTX from four bytes to 2^(min(byte, 160) - 33) of each: 94 is added and shifted by 7.
 
-    In bfloat16 a byte is taken for an exponent as it is: 2^-127 counts as zero, and NaN, which no
-    checkpoint is loaded with, as infinity.
+In PTX because the compiler brings bytes to the threads that need them, not what becomes of them:
+every scale would be converted where it is used.
+"""
+
+
+@triton.jit
+def scale_as(raw, ELEMENTS: tl.constexpr, dtype: tl.constexpr):
+    """Turn stored scales into what 4-bit codes are multiplied by in ``dtype``.
+
+    For e2m1 in bfloat16 that is the scale times 2^94: the code is taken for its value times 2^-126,
+    and ``of_sums`` gives the sums the rest. Bytes are moved as exponents. Scales above 2^33, which
+    no checkpoint is loaded with, count as 2^33.
     """
-    if raw.dtype == tl.uint8 and dtype == tl.bfloat16:
-        scale = (raw.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+    if ELEMENTS == "e2m1" and dtype == tl.bfloat16:
+        if raw.dtype == tl.uint8:
+            scale = tl.inline_asm_elementwise(
+                _EXPONENTS, "=r,=r,r", [raw], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+        else:
+            scale = (code_scale(raw) * 1.9807040628566084e28).to(dtype)
     else:
         scale = code_scale(raw).to(dtype)
     return scale
+
+
+@triton.jit
+def of_sums(acc, ELEMENTS: tl.constexpr, dtype: tl.constexpr):
+    """Give sums what ``scale_as`` has left out."""
+    if ELEMENTS == "e2m1" and dtype == tl.bfloat16:
+        acc *= 4294967296.0  # 2^32
+    return acc
 
 
 @triton.jit
@@ -73,6 +107,14 @@ def over_terms(tile_GN, EACH: tl.constexpr):
     return wide.reshape(GROUPS * EACH, BLOCK_N)
 
 
+@triton.jit
+def in_order_of_codes(terms_MK):
+    """Bring activations, of even or of odd terms, into the order of ``nibbles``' 16-bit values."""
+    M: tl.constexpr = terms_MK.shape[0]
+    K: tl.constexpr = terms_MK.shape[1]
+    return terms_MK.reshape(M, K // 4, 2, 2).permute(0, 1, 3, 2).reshape(M, K)
+
+
 def _integers(of: str, *, odd: bool, scaled: bool) -> str:
     """PTX from four bytes to one integer of each, in two registers.
 
@@ -81,46 +123,49 @@ def _integers(of: str, *, odd: bool, scaled: bool) -> str:
     rounds once.
     """
     magic, one = {"bf16": ("43004300", "3F803F80"), "f16": ("64006400", "3C003C00")}[of]
-    lines = ["shr.b32 w, $2, 4" if odd else "mov.b32 w, $2"]
-    for n, order in enumerate(("4140", "4342")):
+    lines = [f"mov.b32 one, 0x{one}"]
+    for n in (0, 1):
         lines += [
-            f"prmt.b32 t, w, 0, 0x{order}",
+            f"shr.b32 t, $2, {4 * odd + 8 * n}",
             f"lop3.b32 t, t, 0x000F000F, 0x{magic}, 0xEA",  # a & b | c
             f"fma.rn.{of}x2 {'t' if scaled else f'${n}'}, t, one, ${n + 3}",
         ]
         if scaled:
             lines.append(f"fma.rn.{of}x2 ${n}, t, ${n + 5}, nought")
-    return _block([f"mov.b32 one, 0x{one}", *lines])
+    return _block(lines)
 
 
 def _floats(of: str, *, odd: bool) -> str:
     """PTX from four bytes to one e2m1 value of each times its scale, in two registers.
 
     Exponent and mantissa move to where they stand for the value times 2^-126 (bfloat16) or 2^-14
-    (float16), which is right below the normal range too. Multiplying that back is exact.
+    (float16), which is right below the normal range too. In bfloat16 the scale and the sums
+    multiply that back; the range of float16 has no room for it.
     """
-    factor = {"bf16": "7E807E80", "f16": "74007400"}[of]
-    if odd:
-        lines = ["and.b32 w, $2, 0xF0F0F0F0"]
-    else:
-        lines = ["and.b32 w, $2, 0x0F0F0F0F", "shl.b32 w, w, 4"]
-    for n, order in enumerate(("1404", "3424")):
-        lines.append(f"prmt.b32 t, w, 0, 0x{order}")
+    lines = [] if of == "bf16" else ["mov.b32 one, 0x74007400"]
+    for n in (0, 1):
+        lines.append(f"shr.b32 t, $2, {8 * n}")
         if of == "bf16":
-            # Of the shifted code only the sign has to go: there the other one holds zero.
-            lines += ["shr.b32 u, t, 6", "lop3.b32 t, t, u, 0x82008200, 0xE4"]  # c ? a : b
+            # The product holds the code twice, its sign in bit 15 and the rest in bits 6 to 8.
+            lines += [
+                f"and.b32 t, t, 0x{'00F000F0' if odd else '000F000F'}",
+                f"mul.lo.u32 t, t, 0x{0x104 if odd else 0x1040:X}",
+                "and.b32 t, t, 0x81C081C0",
+            ]
         else:
-            lines += ["shr.b32 u, t, 3", "and.b32 u, u, 0x0E000E00"]
-            lines.append("lop3.b32 t, t, 0x80008000, u, 0xEA")
-        lines += [
-            f"fma.rn.{of}x2 t, t, factor, nought",
-            f"fma.rn.{of}x2 ${n}, t, ${n + 3}, nought",
-        ]
-    return _block([f"mov.b32 factor, 0x{factor}", *lines])
+            lines += [
+                f"shl.b32 u, t, {5 if odd else 9}",
+                f"shl.b32 t, t, {8 if odd else 12}",
+                "and.b32 u, u, 0x0E000E00",
+                "lop3.b32 t, t, 0x80008000, u, 0xEA",  # a & b | c
+                "fma.rn.f16x2 t, t, one, nought",
+            ]
+        lines.append(f"fma.rn.{of}x2 ${n}, t, ${n + 3}, nought")
+    return _block(lines)
 
 
 def _block(lines: list[str]) -> str:
-    registers = ".reg .b32 w, t, u, one, factor, nought"
+    registers = ".reg .b32 t, u, one, nought"
     return "{ " + "; ".join([registers, "mov.b32 nought, 0x80008000", *lines]) + "; }"
 
 
@@ -149,7 +194,7 @@ def nibbles(
     Args:
         raw_KN: bytes.
         minus_KN: what ``minus_zeros`` makes of zero points, ignored for floats.
-        scale_KN: scales in ``dtype``; None if integers are scaled elsewhere.
+        scale_KN: what ``scale_as`` makes of scales; None if integers are scaled elsewhere.
         ELEMENTS: "uint4" or "e2m1".
         ODD: which of the two codes.
         dtype: float32, by plain operations, or a 16-bit type.

@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_moe_offload.kernels._activation_triton import activate
-from vllm_moe_offload.kernels._decode_triton import (
-    code_scale,
-    e4m3,
-    minus_zeros,
-    nibbles,
-    over_terms,
-    scale_as,
-    uint8,
-)
+from vllm_moe_offload.kernels._decode_triton import code_scale, e4m3, of_sums, over_terms, uint8
 from vllm_moe_offload.kernels._expert_mlp_triton import _tile_of
+from vllm_moe_offload.kernels._paired_codes_triton import paired_codes, per_group, scales_ahead
 from vllm_moe_offload.kernels._quantise_triton import group_factor, quotient, to_e4m3
 
 
@@ -41,90 +34,13 @@ def _single_codes(
     elif zero is None:
         values = uint8(raw) - ZERO
     else:
-        points_GN = _per_group(zero, column * zero_stride, first, SCALE_TERMS, TERMS, BLOCK_K)
+        points_GN = per_group(zero, column * zero_stride, first, SCALE_TERMS, TERMS, BLOCK_K)
         values = uint8(raw) - over_terms(uint8(points_GN), BLOCK_K // points_GN.shape[0])
     if SCALE_TERMS < BLOCK_K:
         row = column // SCALE_ROWS * scale_stride
-        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
+        factors_GN = per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
         values *= over_terms(code_scale(factors_GN), SCALE_TERMS)
     return values.to(dtype)
-
-
-@triton.jit
-def _per_group(
-    tensor, row, first, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Load what a tile's groups share, [G, BLOCK_N]."""
-    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
-    group = first // SCALE_TERMS + tl.arange(0, GROUPS)
-    EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty == tl.uint8 else 0.0
-    if TERMS % BLOCK_K == 0:
-        tile_GN = tl.load(tensor + row[None, :] + group[:, None])
-    else:
-        inside = (group * SCALE_TERMS < TERMS)[:, None]
-        tile_GN = tl.load(tensor + row[None, :] + group[:, None], mask=inside, other=EMPTY)
-    return tile_GN
-
-
-@triton.jit
-def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, of, dtype):
-    """Load a tile's even and odd terms, [BLOCK_M, BLOCK_K / 2] each, as ``dtype``.
-
-    Two values of 16 bits come as one word, float32 by themselves.
-    """
-    place = first // 2 + tl.arange(0, BLOCK_K // 2)
-    mask = a_mask[:, None]
-    if TERMS % BLOCK_K != 0:
-        mask = mask & (place < TERMS // 2)[None, :]
-    if of == tl.float32:
-        at = a_rows[:, None] + 2 * place[None, :]
-        even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
-    else:
-        words = tl.load(a_rows[:, None] + place[None, :], mask=mask, other=0)
-        words = words.to(tl.uint32, bitcast=True)
-        even = (words & 0xFFFF).to(tl.uint16).to(of, bitcast=True)
-        odd = (words >> 16).to(tl.uint16).to(of, bitcast=True)
-    return even.to(dtype), odd.to(dtype)
-
-
-@triton.jit
-def _paired_codes(
-    acc, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride, column, first,
-    ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SCALE_TERMS: tl.constexpr, SCALED: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
-    of: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Add the products with a tile of 4-bit codes, first the even terms, then the odd ones.
-
-    SCALED says that scales are applied to codes.
-    """
-    even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, of, dtype)
-    byte = first // 2 + tl.arange(0, BLOCK_K // 2)
-    if TERMS % BLOCK_K == 0:
-        raw = tl.load(codes_of_column[None, :] + byte[:, None])
-    else:
-        inside = (byte < TERMS // 2)[:, None]
-        raw = tl.load(codes_of_column[None, :] + byte[:, None], mask=inside, other=0)
-    minus, factors = None, None
-    if zero is not None:
-        # Zero points of neighbouring columns share a byte.
-        row = column // 2 * zero_stride
-        points_GN = _per_group(zero, row, first, SCALE_TERMS, TERMS, BLOCK_K)
-        points_GN = (points_GN >> (column % 2 * 4).to(tl.uint8)[None, :]) & 0xF
-        minus_GN = minus_zeros(points_GN, dtype)
-        minus = over_terms(minus_GN, BLOCK_K // 2 // minus_GN.shape[0])
-    elif ELEMENTS == "uint4":
-        minus = minus_zeros(tl.full(raw.shape, ZERO, tl.int32), dtype)
-    if SCALED:
-        row = column // SCALE_ROWS * scale_stride
-        factors_GN = _per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
-        factors = over_terms(scale_as(factors_GN, dtype), BLOCK_K // 2 // factors_GN.shape[0])
-    elif ELEMENTS == "e2m1":
-        factors = tl.full(raw.shape, 1.0, dtype)
-    b = nibbles(raw, minus, factors, ELEMENTS, False, dtype)
-    acc = tl.dot(even, b, acc, input_precision="ieee")
-    b = nibbles(raw, minus, factors, ELEMENTS, True, dtype)
-    return tl.dot(odd, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -183,13 +99,16 @@ def _product(  # noqa: PLR0912
     scale, scale_stride, column,
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr, TERMS: tl.constexpr,
-    BLOCK_K: tl.constexpr, of: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, of: tl.constexpr, SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Multiply BLOCK_M rows by BLOCK_N columns over TERMS terms, summed in float32.
 
     Scales that span at least BLOCK_K terms are applied to sums, others to the decoded tile.
     """
-    acc = tl.zeros([a_rows.shape[0], column.shape[0]], tl.float32)
+    if SWAPPED:
+        acc = tl.zeros([column.shape[0], a_rows.shape[0]], tl.float32)
+    else:
+        acc = tl.zeros([a_rows.shape[0], column.shape[0]], tl.float32)
     PAIRED: tl.constexpr = ELEMENTS == "uint4" or ELEMENTS == "e2m1"  # noqa: PLR1714
     # Many rows make more sums than codes, and no registers for factors of both.
     FEW_ROWS: tl.constexpr = a_rows.shape[0] <= 32
@@ -197,23 +116,35 @@ def _product(  # noqa: PLR0912
         SCALE_TERMS >= BLOCK_K and SCALE_TERMS < TERMS and (FEW_ROWS or not PAIRED)
     )
     AHEAD: tl.constexpr = OF_SUMS and FEW_ROWS
+    SCALED: tl.constexpr = PAIRED and SCALE_TERMS < TERMS and not OF_SUMS
     dtype: tl.constexpr = tl.float32 if UPCAST else of
     codes_of_column = codes + column * code_stride
     scale_of_column = scale + column // SCALE_ROWS * scale_stride
     if AHEAD:
         factor = _factor(scale_of_column, a_scale, a_mask, 0, INPUTS == "group")
+    scales_GN = None
+    if SCALED:
+        scales_GN = scales_ahead(
+            scale, scale_stride, column, 0, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K
+        )  # fmt: skip
     for first in range(0, TERMS, BLOCK_K):
         base = tl.zeros_like(acc) if OF_SUMS else acc
         if AHEAD:
             # The next tile's scales are on their way while this one is computed.
             group = tl.minimum(first + BLOCK_K, TERMS - 1) // SCALE_TERMS
             next_factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
-        if PAIRED:
-            part = _paired_codes(
-                base, a_rows, a_mask, codes_of_column, zero, zero_stride, scale, scale_stride,
-                column, first, ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS,
-                SCALE_TERMS < TERMS and not OF_SUMS, TERMS, BLOCK_K, of, dtype,
+        if SCALED:
+            next_scales_GN = scales_ahead(
+                scale, scale_stride, column, first + BLOCK_K, SCALE_ROWS, SCALE_TERMS, TERMS,
+                BLOCK_K,
             )  # fmt: skip
+        if PAIRED:
+            part = paired_codes(
+                base, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
+                ELEMENTS, ZERO, SCALE_TERMS, TERMS, BLOCK_K, of, dtype, SWAPPED,
+            )  # fmt: skip
+            if SCALED:
+                scales_GN = next_scales_GN
         else:
             part = _whole_terms(
                 base, a_rows, a_mask, input_scale, codes_of_column, zero, zero_stride,
@@ -227,12 +158,26 @@ def _product(  # noqa: PLR0912
             of_column, of_row = factor
             if INPUTS == "group":
                 part *= of_row[:, None]
-            acc += part * code_scale(of_column)[None, :]
+            if SWAPPED:
+                acc += part * code_scale(of_column)[:, None]
+            else:
+                acc += part * code_scale(of_column)[None, :]
             if AHEAD:
                 factor = next_factor
         else:
             acc = part
-    if SCALE_TERMS >= TERMS:
+    acc = of_sums(acc.T if SWAPPED else acc, ELEMENTS, dtype)
+    return _with_scales_of_all(
+        acc, scale_of_column, a_scale, a_mask, input_scale, SCALE_TERMS >= TERMS, INPUTS
+    )
+
+
+@triton.jit
+def _with_scales_of_all(
+    acc, scale_of_column, a_scale, a_mask, input_scale, ONE: tl.constexpr, INPUTS: tl.constexpr
+):  # fmt: skip
+    """Apply to complete sums the scales that span all their terms; of columns there may be ONE."""
+    if ONE:
         if INPUTS == "group":
             acc *= tl.load(a_scale, mask=a_mask, other=0.0)[:, None]
         acc *= code_scale(tl.load(scale_of_column))[None, :]
@@ -256,16 +201,22 @@ def quantised_gate_up_kernel(
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, PART_ROWS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``h_PI[t K + k] = act(w13[row] @ x[t] + b13[row])``; the sum is rounded before ``act``."""
     COLUMNS: tl.constexpr = 2 * INTERMEDIATE if GATED else INTERMEDIATE
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
+    if GROUP_M == 1:
+        # Read whether there is such a block or not: volatile, or it would wait to be known.
+        block, tile_n = program // TILES_N, program % TILES_N
+        expert = tl.load(expert_of_block + block, volatile=True)
     if program >= num_blocks * TILES_N:
         return
-    block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
-    row = tl.load(row_of_E + tl.load(expert_of_block + block)).to(tl.int64)
+    if GROUP_M > 1:
+        block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
+        expert = tl.load(expert_of_block + block)
+    row = tl.load(row_of_E + expert).to(tl.int64)
     if row < 0:
         return
     pair = tl.load(sorted_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -287,7 +238,7 @@ def quantised_gate_up_kernel(
         x + token * x_stride, real, x_scale, input_scale, codes + row * code_row, code_stride,
         zero, zero_stride, scale + row * scale_row, scale_stride, column,
         ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, HIDDEN, BLOCK_K,
-        h_PI.dtype.element_ty, UPCAST,
+        h_PI.dtype.element_ty, SWAPPED, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row + column // PART_ROWS)[None, :]
@@ -314,15 +265,21 @@ def quantised_down_kernel(
     ELEMENTS: tl.constexpr, ZERO: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_TERMS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SWAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """``out[t K + k] = weight[t K + k] * (w2[row] @ h_PI[t K + k] + b2[row])``."""
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     program, num_blocks = tl.program_id(0), tl.load(num_blocks_ptr)
+    if GROUP_M == 1:
+        # Read whether there is such a block or not: volatile, or it would wait to be known.
+        block, tile_n = program // TILES_N, program % TILES_N
+        expert = tl.load(expert_of_block + block, volatile=True)
     if program >= num_blocks * TILES_N:
         return
-    block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
-    row = tl.load(row_of_E + tl.load(expert_of_block + block)).to(tl.int64)
+    if GROUP_M > 1:
+        block, tile_n = _tile_of(program, num_blocks, TILES_N, GROUP_M)
+        expert = tl.load(expert_of_block + block)
+    row = tl.load(row_of_E + expert).to(tl.int64)
     if row < 0:
         return
     pair = tl.load(sorted_pair + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -341,7 +298,7 @@ def quantised_down_kernel(
         h_PI + place * h_stride, real, h_scale, input_scale, codes + row * code_row,
         code_stride, zero, zero_stride, scale + row * scale_row, scale_stride, column,
         ELEMENTS, ZERO, SCALE_ROWS, SCALE_TERMS, INPUTS, INTERMEDIATE, BLOCK_K,
-        out.dtype.element_ty, UPCAST,
+        out.dtype.element_ty, SWAPPED, UPCAST,
     )  # fmt: skip
     if parts is not None:
         acc *= tl.load(parts + row * parts_row)

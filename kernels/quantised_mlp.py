@@ -247,7 +247,7 @@ class Step:
         return {
             "HIDDEN": self.weights.hidden, "INTERMEDIATE": self.weights.intermediate,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-            "GROUP_M": config.group_m, "UPCAST": _interpreted(),
+            "GROUP_M": config.group_m, "SWAPPED": config.swapped, "UPCAST": _interpreted(),
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
 

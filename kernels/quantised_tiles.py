@@ -19,10 +19,12 @@ class QuantisedTiles(TileConfig):
     """Tiles of both products.
 
     With ``rounds_inside`` the products round their activations themselves, once for every tile of
-    columns; otherwise kernels of their own do it once, in two more launches.
+    columns; otherwise kernels of their own do it once, in two more launches. ``swapped`` products
+    over 4-bit codes compute the transpose, for which 8 pairs are enough to fill the tensor cores.
     """
 
     rounds_inside: bool = False
+    swapped: bool = False
 
 
 def quantised_tiles(
@@ -56,14 +58,17 @@ def quantised_tiles(
 def _for_few_pairs(form: ExpertFormat, pairs_per_expert: float) -> QuantisedTiles:
     """Tiles of steps that are bound by reading the weights, and by decoding them."""
     block_k = _terms(form, 128)
+    # Hardly an expert has more than 8 pairs.
+    few = form.bits == 4 and pairs_per_expert <= 4
+    block_m = 8 if few else 16
     if form.elements == "e2m1":
         # The fewer programs there are, the less may one of them do.
         if pairs_per_expert <= 1 / 8:
-            return QuantisedTiles(16, 64, _terms(form, 256), 1, 4, 3)
-        return QuantisedTiles(16, 128, block_k, 1, 4, 3)
+            return QuantisedTiles(block_m, 64, _terms(form, 256), 1, 4, 3, swapped=few)
+        return QuantisedTiles(block_m, 128, block_k, 1, 4, 3, swapped=few)
     if form.bits == 4:
         # Every warp takes the activations' even and odd terms apart for itself.
-        return QuantisedTiles(16, 64, block_k, 1, 2, 6 if pairs_per_expert <= 1 else 4)
+        return QuantisedTiles(block_m, 64, block_k, 1, 2, 4, swapped=few)
     if form.inputs == "group" and pairs_per_expert > 4:
         return QuantisedTiles(16, 128, block_k, 1, 4, 3, rounds_inside=True)
     return QuantisedTiles(16, 64, block_k, 1, 2 if form.inputs and pairs_per_expert > 1 else 4, 4)

@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 
-from vllm_moe_offload.kernels._decode_triton import _floats, _integers
+from vllm_moe_offload.kernels._decode_triton import _EXPONENTS, _floats, _integers
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -51,12 +51,15 @@ def executed(operation: str, a: int, *others: int) -> int:
         "shr": lambda: a >> others[0],
         "prmt": lambda: permute(a, *others),
         "lop3": lambda: bitwise(a, *others),
+        "min": lambda: min(a & 0xFFFF, others[0] & 0xFFFF) | min(a >> 16, others[0] >> 16) << 16,
+        "mul": lambda: a * others[0] & 0xFFFFFFFF,
+        "mad": lambda: (a * others[0] + others[1]) & 0xFFFFFFFF,
     }[kind]()
 
 
 def run(assembly: str, *inputs: int) -> list[int]:
     registers = {f"${n + 2}": value for n, value in enumerate(inputs)}
-    for line in assembly.strip("{ }").split(";"):
+    for line in assembly.strip("{ \n}").split(";"):
         operation, _, rest = line.strip().partition(" ")
         if not operation or operation == ".reg":
             continue
@@ -79,7 +82,8 @@ def decoded(assembly: str, dtype: torch.dtype, *operands: int) -> torch.Tensor:
 
 
 def codes(odd: bool) -> torch.Tensor:
-    return torch.arange(256) >> 4 if odd else torch.arange(256) & 15
+    byte = torch.arange(256).view(-1, 2, 2).transpose(1, 2).flatten()  # see in_order_of_codes
+    return byte >> 4 if odd else byte & 15
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -107,15 +111,20 @@ def test_scaled_integers_round_once(of, odd):
 @pytest.mark.parametrize("of", DTYPES)
 def test_4_bit_floats(of, exponent, odd):
     dtype = DTYPES[of]
-    scale = twice(2.0**exponent, dtype)
-    values = decoded(_floats(of, odd=odd), dtype, scale, scale)
+    # Sums are multiplied by 2^32 after scales times 2^94.
+    left_out = 2.0**32 if of == "bf16" else 1.0
+    scale = twice(2.0 ** (exponent + 94 if of == "bf16" else exponent), dtype)
+    values = decoded(_floats(of, odd=odd), dtype, scale, scale) * left_out
     expected = torch.tensor(E2M1, dtype=torch.float64)[codes(odd)] * 2.0**exponent
     assert torch.equal(values, expected)
 
 
-def test_large_and_small_scales_of_4_bit_floats():
-    for exponent in (-120, 60, 120):
-        scale = twice(2.0**exponent, torch.bfloat16)
-        values = decoded(_floats("bf16", odd=False), torch.bfloat16, scale, scale)
-        assert values[7] == 6.0 * 2.0**exponent
-        assert values[9] == -0.5 * 2.0**exponent
+def test_scales_of_4_bit_floats():
+    """The range is that of bfloat16 less 2^32 at its lower end, and ends at 2^33."""
+    scales = decoded(_EXPONENTS.value, torch.bfloat16)
+    exponent = torch.arange(256).clamp(max=160) - 127
+    assert torch.equal(scales, torch.exp2((exponent + 94).double()))
+    for exponent in (-92, 0, 33):
+        scale = twice(2.0 ** (exponent + 94), torch.bfloat16)
+        values = decoded(_floats("bf16", odd=False), torch.bfloat16, scale, scale) * 2.0**32
+        assert sorted(set(values.tolist())) == sorted({v * 2.0**exponent for v in E2M1})

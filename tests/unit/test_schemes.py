@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_moe_offload.damage import damaged_scales
+from vllm_moe_offload.damage import Damage, damaged_scales
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.kernels.formats import dequantise
+from vllm_moe_offload.kernels.formats import ExpertFormat, dequantise
 from vllm_moe_offload.kernels.quantised_mlp import QuantisedWeights
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.quantised_checkpoints import _QUANTISERS
@@ -179,6 +179,14 @@ def test_damaged_scales(value, problem):
     (damage,) = damaged_scales(scheme.format, views)
     assert (damage.tensor, damage.expert) == ("w2_scale", 5)
     assert damage.problem.startswith(problem)
+
+
+@pytest.mark.parametrize(("byte", "problem"), [(255, "NaN"), (161, "a scale above 2^33")])
+def test_damaged_powers_of_two(byte, problem):
+    scales = torch.full((3, 4, 2), 160, dtype=torch.uint8)
+    scales[2, 1, 0] = byte
+    form = ExpertFormat("mxfp4", "e2m1", torch.uint8, scale_terms=32)
+    assert damaged_scales(form, {"w2_scale": scales}) == [Damage("w2_scale", 2, problem)]
 
 
 def test_integers_may_have_negative_scales_and_zeros_without_weights():
