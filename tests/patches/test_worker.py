@@ -36,7 +36,7 @@ class FakeEngine:
         self.borrows = False
         self.shared_blocks = None
         self.policies = {"eviction": "lru"}
-        self.after_warm_up, self.closed = [], 0
+        self.warm_up, self.closed = [], 0
         self.steps = []
 
     def step_begins(self, num_tokens: int, scheduled: int) -> None:
@@ -55,11 +55,14 @@ class FakeEngine:
         assert layers == [LAYER]
         return COUNTS
 
+    def rehearse(self) -> None:
+        self.warm_up.append("rehearsal")
+
     def forget_routing(self) -> None:
-        self.after_warm_up.append("routing")
+        self.warm_up.append("routing")
 
     def reset_stats(self) -> None:
-        self.after_warm_up.append("stats")
+        self.warm_up.append("stats")
 
     def close(self) -> None:
         self.closed += 1
@@ -207,7 +210,7 @@ def test_warm_up_is_forgotten():
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
     assert made.calls == ["compile_or_warm_up_model"]
-    assert engine.after_warm_up == ["routing", "stats"]
+    assert engine.warm_up == ["rehearsal", "routing", "stats"]
 
 
 def test_warm_up_of_the_cpu_worker():
@@ -220,7 +223,7 @@ def test_warm_up_of_the_cpu_worker():
     made = CPUWorker([engine])
     made.load_model()
     assert made.compile_or_warm_up_model() == 2.5
-    assert engine.after_warm_up == ["routing", "stats"]
+    assert engine.warm_up == ["rehearsal", "routing", "stats"]
 
 
 @pytest.fixture
