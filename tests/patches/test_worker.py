@@ -87,6 +87,8 @@ def make_class() -> type:
 
         def compile_or_warm_up_model(self):
             self.calls.append("compile_or_warm_up_model")
+            for engine in self.to_load:
+                engine.warm_up.append("vLLM's")
             return 1.5
 
         def initialize_from_config(self, kv_cache_config):
@@ -210,7 +212,7 @@ def test_warm_up_is_forgotten():
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
     assert made.calls == ["compile_or_warm_up_model"]
-    assert engine.warm_up == ["rehearsal", "routing", "stats"]
+    assert engine.warm_up == ["rehearsal", "vLLM's", "routing", "stats"]
 
 
 def test_warm_up_of_the_cpu_worker():
