@@ -23,7 +23,7 @@ from vllm_moe_offload.rehearsal import Inputs, representatives
 from vllm_moe_offload.sweep import Sweep
 
 HAS_GPU = torch.cuda.is_available()
-H, I, L = 128, 64, 5  # noqa: E741
+H, I, L = 128, 128, 5  # noqa: E741
 
 KEYS_OF_TABLE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536)
 
