@@ -46,7 +46,7 @@ def _product(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["row_of_E"])
 def gate_up_kernel(
     x, x_stride, w13, w13_row_stride, w13_stride, b13, b13_row_stride, h_PI, weight,
     sorted_pair, expert_of_block, num_blocks_ptr, row_of_E, num_pairs,
@@ -92,7 +92,7 @@ def gate_up_kernel(
     tl.store(h_ptrs, h.to(h_PI.dtype.element_ty), mask=real[:, None] & (i < INTERMEDIATE)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["row_of_E"])
 def down_kernel(
     h_PI, w2, w2_row_stride, w2_stride, b2, b2_row_stride, out, out_stride, weight,
     sorted_pair, expert_of_block, num_blocks_ptr, row_of_E, num_pairs,

@@ -133,7 +133,7 @@ def token_demand(
     return wanted
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_0", "table_1"])
 def demand_kernel(
     ids, demand, rows, table_0, table_1, table_2, table_3,
     E: tl.constexpr, E2: tl.constexpr, K: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr,

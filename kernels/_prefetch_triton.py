@@ -98,7 +98,10 @@ def fetch(
     tl.store(num_loads, num_fetched)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "S"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "S"],
+    do_not_specialize_on_alignment=["own_slot_of_E", "slot_of_E", "rank_row", "table_0", "table_1"],
+)
 def look_ahead_kernel(
     ids, num_tokens, kept, rows_ptr, demand,
     own_ahead, own_slot_of_E, own_stamp_of_S, own_counters,

@@ -63,7 +63,7 @@ def quantise_rows_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["row_of_E"])
 def quantise_pairs_kernel(
     x, q, scale, sorted_pair, expert_of_block, num_blocks, row_of_E, num_pairs,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

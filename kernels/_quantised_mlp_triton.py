@@ -188,7 +188,7 @@ def _with_scales_of_all(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["row_of_E"])
 def quantised_gate_up_kernel(
     x, x_stride, x_scale, x_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,
@@ -255,7 +255,7 @@ def quantised_gate_up_kernel(
     tl.store(h_ptrs, h.to(h_PI.dtype.element_ty), mask=real[:, None] & (i < INTERMEDIATE)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["row_of_E"])
 def quantised_down_kernel(
     h_PI, h_stride, h_scale, h_scale_stride,
     codes, code_row, code_stride, zero, zero_row, zero_stride, scale, scale_row, scale_stride,

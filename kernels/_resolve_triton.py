@@ -92,7 +92,11 @@ def write_arrivals(
         tl.store(row, tl.where(in_part_E, given_E, -1), mask=expert < E)
 
 
-@triton.jit(do_not_specialize=["num_ids", "S", "num_logged"])
+# Where a layer's part of a table begins must not make builds of its own.
+@triton.jit(
+    do_not_specialize=["num_ids", "S", "num_logged"],
+    do_not_specialize_on_alignment=["slot_of_E", "rank_row", "use", "log"],
+)
 def resolve_kernel(
     ids, num_ids,
     slot_of_E, expert_of_S, stamp_of_S, clock, S,

@@ -38,6 +38,11 @@ class Ahead(IntFlag):
     FETCHED = 2
 
 
+def adds_up_itself(num_tokens: int) -> bool:
+    """Whether the one program of ``look_ahead`` adds up the demand of so many tokens."""
+    return num_tokens <= FUSED_TOKENS
+
+
 @dataclass(frozen=True)
 class LayerAhead:
     """One layer as the layer before it sees it: its tables, lists and marks.
@@ -150,7 +155,7 @@ def look_ahead(
     tables: list[Tensor | None] = [None] * 4
     sizes = {"E": experts, "E2": max(32, triton.next_power_of_2(experts)), "N": 1, "FIRST": False,
              "KIND": "none"}  # fmt: skip
-    warps, is_fused = 4, tokens <= FUSED_TOKENS
+    warps, is_fused = 4, adds_up_itself(tokens)
     if source is not None:
         tables, sizes = arguments(source, layer, experts)
         warps = num_warps(source, experts)

@@ -323,10 +323,9 @@ def resolve(
     num_experts, num_slots = tables.slot_of_E.numel(), tables.expert_of_S.numel()
     assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, at most {MAX_EXPERTS}"
     assert num_slots <= MAX_SLOTS, f"{num_slots} slots, at most {MAX_SLOTS}"
-    fused = dispatch if num_pairs <= FUSED_PAIRS else None
+    sizes = resolve_sizes(num_pairs, num_experts, num_slots)
+    fused = dispatch if sizes.is_fused else None
     order = tables.order if evict else None
-    count_chunk = min(COUNT_CHUNK, max(128, triton.next_power_of_2(num_pairs)))
-    rank_chunk = min(RANK_CHUNK, max(16, triton.next_power_of_2(num_pairs)))
     resolve_kernel[(1,)](
         ids_TK.reshape(-1), num_pairs,
         tables.slot_of_E, tables.expert_of_S, tables.stamp_S, tables.clock, num_slots,
@@ -340,19 +339,37 @@ def resolve(
         padding and padding.is_padding_T, padding and padding.active_TK.view(-1),
         E=num_experts, E2=max(32, triton.next_power_of_2(num_experts)),
         S2=max(16, triton.next_power_of_2(num_slots)), EVICT=evict,
-        COUNT_CHUNK=count_chunk, RANK_CHUNK=rank_chunk,
+        COUNT_CHUNK=sizes.count_chunk, RANK_CHUNK=sizes.rank_chunk,
         BLOCK_M=fused.block_m if fused else 1,
         PARTS=0 if slot_of_AE is None else slot_of_AE.shape[0] - 1,
         CHOICES=ids_TK.shape[1],
-        num_warps=_num_warps(num_pairs, num_experts, num_slots),
+        num_warps=sizes.num_warps,
     )  # fmt: skip
     if dispatch is not None and fused is None:
         sort_pairs(ids_TK if padding is None else padding.active_TK, dispatch)
 
 
-def _num_warps(num_pairs: int, num_experts: int, num_slots: int) -> int:
-    """Few warps wait less for each other, many sort and count more at once."""
-    return 4 if max(num_pairs, num_experts, num_slots) <= 256 else 8
+@dataclass(frozen=True)
+class ResolveSizes:
+    """What resolve's launch is built for, of all that depends on a step's pairs."""
+
+    is_fused: bool
+    """Whether its program also sorts the pairs."""
+    count_chunk: int
+    rank_chunk: int
+    num_warps: int
+
+
+def resolve_sizes(num_pairs: int, num_experts: int, num_slots: int) -> ResolveSizes:
+    """Sizes for a step of so many pairs, active or not."""
+    padded = triton.next_power_of_2(num_pairs)
+    return ResolveSizes(
+        is_fused=num_pairs <= FUSED_PAIRS,
+        count_chunk=min(COUNT_CHUNK, max(128, padded)),
+        rank_chunk=min(RANK_CHUNK, max(16, padded)),
+        # Few warps wait less for each other, many sort and count more at once.
+        num_warps=4 if max(num_pairs, num_experts, num_slots) <= 256 else 8,
+    )
 
 
 def wave_map_torch(work: WorkList, first: int, row_of_E: Tensor, *, rows: int) -> None:

@@ -4,9 +4,9 @@ Target: ``Worker`` in vllm.v1.worker.gpu_worker, which the CPU worker inherits.
 Versions: 0.32, 0.33.
 Why: statistics are asked for through the worker, and the worker is where weights are replaced.
 How: engines of models loaded inside ``load_model`` stay with the worker, whose KV cache one of
-    them may share (``borrowing``); reloading and level 2 sleep raise; statistics, recording and
-    what eviction learns start after warm-up and go on beside the steps, of which they are only
-    told.
+    them may share (``borrowing``); reloading and level 2 sleep raise; what later steps launch is
+    compiled before warm-up; statistics, recording and what eviction learns start after it and go
+    on beside the steps, of which they are only told.
 Can go: the refusals when the host pool can be refilled.
 """
 
@@ -18,6 +18,7 @@ from operator import add
 from types import ModuleType
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 
 from vllm_moe_offload.counts import LayerCounts
@@ -101,9 +102,13 @@ def _follow(self: Any, order: Order) -> Report:
 
 
 def warm_up(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Forget what the worker's warm-up has done, and begin to record."""
-    result = original(self, *args, **kwargs)
+    """Compile ahead, forget what the worker's warm-up has done, and begin to record."""
     engines = _engines(self)
+    # Before vLLM's own warm-up, at whose end it starts to warn of whatever is compiled.
+    with torch.inference_mode():
+        for engine in engines:
+            engine.rehearse()
+    result = original(self, *args, **kwargs)
     for engine in engines:
         engine.forget_routing()
     if recording := _recording(self):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_moe_offload.arena import SlotArena
 from vllm_moe_offload.assembly import Memory, make_layers, make_step_log
-from vllm_moe_offload.budget import Budget, LayerDemand, check_budget, plan_budget
+from vllm_moe_offload.budget import Budget, LayerDemand, plan_budget
 from vllm_moe_offload.config import MoeOffloadConfig
 from vllm_moe_offload.counters import Counters
 from vllm_moe_offload.counts import LayerCounts
@@ -31,6 +31,7 @@ from vllm_moe_offload.lending.borrower import Borrower
 from vllm_moe_offload.lending.boundary import Boundary
 from vllm_moe_offload.lending.rows import borrowed_rows
 from vllm_moe_offload.memory import available_host_memory
+from vllm_moe_offload.memory_check import check_memory
 from vllm_moe_offload.offloaded_layer import LayerSpec, OffloadedLayer
 from vllm_moe_offload.pcie import device_address
 from vllm_moe_offload.pool import HostPool, PoolSegment
@@ -38,6 +39,7 @@ from vllm_moe_offload.populate import populate, processors_near
 from vllm_moe_offload.predictors.gate import Router
 from vllm_moe_offload.predictors.predictor import Predictor
 from vllm_moe_offload.prefetch import Prefetch
+from vllm_moe_offload.rehearsal import Inputs, Rehearsal
 from vllm_moe_offload.residencies import Residencies
 from vllm_moe_offload.residency import Residency
 from vllm_moe_offload.staging import Staging
@@ -97,6 +99,7 @@ class OffloadEngine:
         self.borrower: Borrower | None = None
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
         self._seconds_of_L: list[float] = []
+        self._rehearsal: Rehearsal | None = Rehearsal(device, workers_on_host)
 
     @property
     def policies(self) -> dict[str, str]:
@@ -125,7 +128,8 @@ class OffloadEngine:
         budget = plan_budget(
             demands, self.config, borrows=self.borrows, spare_bytes=self.spare_bytes
         )
-        self._check(budget)
+        host = available_host_memory().shared_by(self._workers_on_host)
+        check_memory(budget, self.config, host, self.device)
         rows = [segment.rows_EB for segment in self.pool.segments]
         populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
@@ -241,6 +245,8 @@ class OffloadEngine:
             [T, H] of the type of ``x_TH``.
         """
         part, prefetch = self._layers[layer], self._prefetch
+        if self._rehearsal is not None:
+            self._rehearsal.note(layer, Inputs(x_TH, weight_TK, ids_TK, chosen_TK, is_padding_T))
         if prefetch is not None:
             prefetch.settle()
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
@@ -261,6 +267,12 @@ class OffloadEngine:
         if self._eviction is not None and ends_step:
             self._eviction.learn()
         return y_TH
+
+    def rehearse(self) -> None:
+        """Compile what steps of up to as many tokens as yet may launch; once, before requests."""
+        rehearsal, self._rehearsal = self._rehearsal, None
+        if rehearsal is not None and self.device.type == "cuda":
+            rehearsal.perform(self._layers, self._sweep, self.run, self._say)
 
     def step_begins(self, num_tokens: int, scheduled: int = 0) -> None:
         """Start the copies of a step that will be a sweep, ahead of its layers.
@@ -385,15 +397,3 @@ class OffloadEngine:
         self._layers = []
         self._counters = self._prefetch = self.borrower = None
         self.pool.close()
-
-    def _check(self, budget: Budget) -> None:
-        host = available_host_memory().shared_by(self._workers_on_host)
-        on_host = self.device.type == "cpu"
-        check_budget(
-            budget,
-            self.config,
-            host=host,
-            device_free=host.available if on_host else torch.cuda.mem_get_info(self.device)[0],
-            device_name=host.limited_by if on_host else torch.cuda.get_device_name(self.device),
-            device_is_host=on_host,
-        )

@@ -36,6 +36,11 @@ PENDING_STEPS = 64
 """Steps whose time is still to be read; the oldest are dropped, the host never waits."""
 
 
+def looks_ahead(num_tokens: int) -> bool:
+    """Whether a step of so many tokens is predicted."""
+    return 0 < num_tokens <= MAX_TOKENS
+
+
 class Prefetch:
     """Predicts and fetches for the layers of one engine.
 
@@ -97,7 +102,7 @@ class Prefetch:
             x_TH: its input.
             ids_TK: routed local expert ids; negative ones are inactive.
         """
-        if not 0 < ids_TK.shape[0] <= MAX_TOKENS:
+        if not looks_ahead(ids_TK.shape[0]):
             return
         is_last = number + 1 == len(self._layers)
         following = None if is_last else self._ahead[number + 1]

@@ -3,12 +3,20 @@
 Legend: T tokens, K choices a token, E local experts, H hidden size.
 """
 
+import torch
 from torch import Tensor
 
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
 from vllm_moe_offload.kernels.quantised_mlp import QuantisedWeights
 from vllm_moe_offload.offloaded_layer import OffloadedLayer
+
+
+def tiles_of(layer: OffloadedLayer, tokens: int, pairs: int, dtype: torch.dtype) -> TileConfig:
+    """Tiles of a step of so many tokens and routed pairs, active or not."""
+    if layer.spec.tiles:
+        return layer.spec.tiles(tokens)
+    return layer.slots.weights.tiles(layer.spec.num_experts, pairs, dtype)
 
 
 class Products:
@@ -27,13 +35,9 @@ class Products:
         self._tiles: TileConfig | None = None
         self.lists: Dispatch | None = None
         if layer.operations.sorts_pairs:
-            tokens, experts = x_TH.shape[0], layer.spec.num_experts
-            self._tiles = (
-                layer.spec.tiles(tokens)
-                if layer.spec.tiles
-                else layer.slots.weights.tiles(experts, ids_TK.numel(), x_TH.dtype)
-            )
-            self.lists = Dispatch.empty(ids_TK.numel(), experts, self._tiles.block_m, x_TH.device)
+            pairs, experts = ids_TK.numel(), layer.spec.num_experts
+            self._tiles = tiles_of(layer, x_TH.shape[0], pairs, x_TH.dtype)
+            self.lists = Dispatch.empty(pairs, experts, self._tiles.block_m, x_TH.device)
         self._product, self._prepared = layer.operations.products(
             layer.spec.format, x_TH, self._tiles
         )

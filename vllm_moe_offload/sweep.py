@@ -163,16 +163,20 @@ class Sweep:
         if layer != self._next_layer:
             self._start(layer)
         part = self._layers[layer]
-        products = Products(part, x_TH, weight_TK, ids_TK)
-        if products.lists is not None:
-            dispatch.dispatch(ids_TK, products.lists)
-        products.compute(part.residency.tables.slot_of_E, part.slots.weights)
+        products = self._compute_slots(part, x_TH, weight_TK, ids_TK)
         moved = 0
         while self._done < len(self._waves) and self._waves[self._done].layer == layer:
             moved += len(self._waves[self._done].experts)
             self._compute_wave(part, products)
         self._count(part, ids_TK, moved)
         self._next_layer = layer + 1
+        return products.total()
+
+    def rehearse(self, layer: int, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Launch what ``run`` launches, for ids that are all inactive: nothing moves or counts."""
+        part = self._layers[layer]
+        products = self._compute_slots(part, x_TH, weight_TK, ids_TK)
+        products.compute(part.row_of_E.fill_(NOWHERE), part.blocks[0].weights)
         return products.total()
 
     def settle(self) -> None:
@@ -243,6 +247,16 @@ class Sweep:
                 target[row : row + length].copy_(
                     source[expert : expert + length], non_blocking=True
                 )
+
+    @staticmethod
+    def _compute_slots(
+        part: OffloadedLayer, x_TH: Tensor, weight_TK: Tensor, ids_TK: Tensor
+    ) -> Products:
+        products = Products(part, x_TH, weight_TK, ids_TK)
+        if products.lists is not None:
+            dispatch.dispatch(ids_TK, products.lists)
+        products.compute(part.residency.tables.slot_of_E, part.slots.weights)
+        return products
 
     def _compute_wave(self, part: OffloadedLayer, products: Products) -> None:
         number = self._done

@@ -36,7 +36,7 @@ class FakeEngine:
         self.borrows = False
         self.shared_blocks = None
         self.policies = {"eviction": "lru"}
-        self.after_warm_up, self.closed = [], 0
+        self.warm_up, self.closed = [], 0
         self.steps = []
 
     def step_begins(self, num_tokens: int, scheduled: int) -> None:
@@ -55,11 +55,14 @@ class FakeEngine:
         assert layers == [LAYER]
         return COUNTS
 
+    def rehearse(self) -> None:
+        self.warm_up.append("rehearsal")
+
     def forget_routing(self) -> None:
-        self.after_warm_up.append("routing")
+        self.warm_up.append("routing")
 
     def reset_stats(self) -> None:
-        self.after_warm_up.append("stats")
+        self.warm_up.append("stats")
 
     def close(self) -> None:
         self.closed += 1
@@ -84,6 +87,8 @@ def make_class() -> type:
 
         def compile_or_warm_up_model(self):
             self.calls.append("compile_or_warm_up_model")
+            for engine in self.to_load:
+                engine.warm_up.append("vLLM's")
             return 1.5
 
         def initialize_from_config(self, kv_cache_config):
@@ -207,7 +212,7 @@ def test_warm_up_is_forgotten():
     made = loaded(engine)
     assert made.compile_or_warm_up_model() == 1.5
     assert made.calls == ["compile_or_warm_up_model"]
-    assert engine.after_warm_up == ["routing", "stats"]
+    assert engine.warm_up == ["rehearsal", "vLLM's", "routing", "stats"]
 
 
 def test_warm_up_of_the_cpu_worker():
@@ -220,7 +225,7 @@ def test_warm_up_of_the_cpu_worker():
     made = CPUWorker([engine])
     made.load_model()
     assert made.compile_or_warm_up_model() == 2.5
-    assert engine.after_warm_up == ["routing", "stats"]
+    assert engine.warm_up == ["rehearsal", "routing", "stats"]
 
 
 @pytest.fixture

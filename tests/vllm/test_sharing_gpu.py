@@ -85,6 +85,29 @@ def test_the_cache_is_shared_and_graphs_are_full(llm):
     check(llm)
 
 
+def test_no_step_of_any_size_compiles_a_kernel(llm):
+    """Of the plugin; in prompts of every length up to a step's most tokens, one after the other."""
+    from triton import knobs
+    from vllm import SamplingParams
+
+    most = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    params = SamplingParams(max_tokens=1, detokenize=False)
+    late, before = [], knobs.runtime.jit_post_compile_hook
+
+    def note(*_, **event):
+        late.append(f"{event['fn'].module}.{event['fn'].name}")
+
+    knobs.runtime.jit_post_compile_hook = note
+    try:
+        for tokens in range(1, most + 1):
+            prompt = {"prompt_token_ids": [1 + n % 50 for n in range(tokens)]}
+            llm.generate(prompt, params, use_tqdm=False)
+        llm.generate([{"prompt_token_ids": list(prompt)} for prompt in PROMPTS], params)
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
+    assert [name for name in late if "moe_offload" in name] == []
+
+
 def test_moves_change_no_bit(llm, replays):
     policy = core_of(llm).scheduler.moe_offload_lending._policy
     with poisoned_moves() as rest:
