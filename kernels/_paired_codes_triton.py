@@ -20,7 +20,11 @@ from vllm_moe_offload.kernels._decode_triton import (
 def per_group(
     tensor, row, first, SCALE_TERMS: tl.constexpr, TERMS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Load what a tile's groups share, [G, BLOCK_N]."""
+    """Load what a tile's groups share, [G, BLOCK_N], zeros past the last group.
+
+    By a mask, not by a bound of the group: only so does the compiler know that neighbouring groups
+    lie side by side, and has neighbouring lanes read them.
+    """
     GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
     group = first // SCALE_TERMS + tl.arange(0, GROUPS)
     EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty == tl.uint8 else 0.0
@@ -30,17 +34,6 @@ def per_group(
         inside = (group * SCALE_TERMS < TERMS)[:, None]
         tile_GN = tl.load(tensor + row[None, :] + group[:, None], mask=inside, other=EMPTY)
     return tile_GN
-
-
-@triton.jit
-def scales_ahead(
-    scale, scale_stride, column, first, SCALE_ROWS: tl.constexpr, SCALE_TERMS: tl.constexpr,
-    TERMS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Load a tile's scales [G, BLOCK_N]; groups past the last, of no terms, have that one's."""
-    GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
-    group = tl.minimum(first // SCALE_TERMS + tl.arange(0, GROUPS), (TERMS - 1) // SCALE_TERMS)
-    return tl.load(scale + (column // SCALE_ROWS * scale_stride)[None, :] + group[:, None])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from vllm_moe_offload.kernels._activation_triton import activate
 from vllm_moe_offload.kernels._decode_triton import code_scale, e4m3, of_sums, over_terms, uint8
 from vllm_moe_offload.kernels._expert_mlp_triton import _tile_of
-from vllm_moe_offload.kernels._paired_codes_triton import paired_codes, per_group, scales_ahead
+from vllm_moe_offload.kernels._paired_codes_triton import paired_codes, per_group
 from vllm_moe_offload.kernels._quantise_triton import group_factor, quotient, to_e4m3
 
 
@@ -122,29 +122,23 @@ def _product(  # noqa: PLR0912
     scale_of_column = scale + column // SCALE_ROWS * scale_stride
     if AHEAD:
         factor = _factor(scale_of_column, a_scale, a_mask, 0, INPUTS == "group")
-    scales_GN = None
-    if SCALED:
-        scales_GN = scales_ahead(
-            scale, scale_stride, column, 0, SCALE_ROWS, SCALE_TERMS, TERMS, BLOCK_K
-        )  # fmt: skip
     for first in range(0, TERMS, BLOCK_K):
+        scales_GN = None
         base = tl.zeros_like(acc) if OF_SUMS else acc
         if AHEAD:
             # The next tile's scales are on their way while this one is computed.
             group = tl.minimum(first + BLOCK_K, TERMS - 1) // SCALE_TERMS
             next_factor = _factor(scale_of_column, a_scale, a_mask, group, INPUTS == "group")
         if SCALED:
-            next_scales_GN = scales_ahead(
-                scale, scale_stride, column, first + BLOCK_K, SCALE_ROWS, SCALE_TERMS, TERMS,
-                BLOCK_K,
-            )  # fmt: skip
+            # Not a tile ahead: the compiler would spread them over terms before it moves them to
+            # the threads that need them, which costs more than the wait.
+            row = column // SCALE_ROWS * scale_stride
+            scales_GN = per_group(scale, row, first, SCALE_TERMS, TERMS, BLOCK_K)
         if PAIRED:
             part = paired_codes(
                 base, a_rows, a_mask, codes_of_column, zero, zero_stride, scales_GN, column, first,
                 ELEMENTS, ZERO, SCALE_TERMS, TERMS, BLOCK_K, of, dtype, SWAPPED,
             )  # fmt: skip
-            if SCALED:
-                scales_GN = next_scales_GN
         else:
             part = _whole_terms(
                 base, a_rows, a_mask, input_scale, codes_of_column, zero, zero_stride,

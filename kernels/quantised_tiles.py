@@ -68,7 +68,7 @@ def _for_few_pairs(form: ExpertFormat, pairs_per_expert: float) -> QuantisedTile
         return QuantisedTiles(block_m, 128, block_k, 1, 4, 3, swapped=few)
     if form.bits == 4:
         # Every warp takes the activations' even and odd terms apart for itself.
-        return QuantisedTiles(block_m, 64, block_k, 1, 2, 4, swapped=few)
+        return QuantisedTiles(block_m, 64, block_k, 1, 2, 6 if few else 4, swapped=True)
     if form.inputs == "group" and pairs_per_expert > 4:
         return QuantisedTiles(16, 128, block_k, 1, 4, 3, rounds_inside=True)
     return QuantisedTiles(16, 64, block_k, 1, 2 if form.inputs and pairs_per_expert > 1 else 4, 4)
