@@ -54,7 +54,7 @@ def sizes(tiny: bool) -> dict[str, Any]:
             "recall": 64,
         }  # fmt: skip
     return {
-        "kv_bytes": int(5.6 * GIB), "max_model_len": 102_400, "chunk": 8192, "turns": 6,
+        "kv_bytes": int(5.6 * GIB), "max_model_len": 102_400, "chunk": 8192, "turns": 4,
         "question": 200, "answer": 96, "users": 64, "prompt": 4096, "short_answer": 8,
         "document": 100_000, "recall": 64,
     }  # fmt: skip

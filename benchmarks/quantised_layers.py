@@ -100,10 +100,13 @@ def candidates(shape: Shape, tokens: int) -> Iterator[QuantisedTiles]:
             (16, 128, 128, 1, 4, 5), (16, 128, 128, 1, 8, 4),
         ]  # fmt: skip
         if shape.form.bits == 4:
-            yield from (QuantisedTiles(8, *tile[1:], swapped=True) for tile in tiles)
-            tiles += [(16, 64, 64, 1, 2, 6), (16, 32, 128, 1, 1, 6)]
-        if shape.form.name == "mxfp4":
-            tiles.append((16, 64, 256, 1, 4, 3))
+            tiles = [(16, 64, 128, 1, 2, 4), (16, 64, 128, 1, 2, 6), (16, 128, 128, 1, 4, 3)]
+            turned = [
+                (8, 64, 128, 1, 2, 4), (8, 64, 128, 1, 2, 6), (8, 32, 128, 1, 1, 6),
+                (8, 128, 128, 1, 4, 3), (8, 128, 128, 1, 4, 4), (8, 128, 128, 1, 2, 3),
+                (8, 64, 256, 1, 4, 3), (16, 64, 128, 1, 2, 4), (16, 128, 128, 1, 4, 3),
+            ]  # fmt: skip
+            yield from (QuantisedTiles(*tile, swapped=True) for tile in turned)
         if tokens == max(BATCHES):
             tiles += [(32, 64, 128, 1, 4, 4), (32, 128, 128, 1, 4, 3)]
     for tile in tiles:
