@@ -4,11 +4,14 @@
 Of two 4-bit codes in a byte the lower bits are the even term and the higher bits the odd one. They
 are never brought side by side: a product takes all even terms, then all odd ones. On a GPU four
 bytes at a time are decoded to 16-bit values, two in a register, by bit operations in PTX, because
-the compiler would take every value apart. A register takes its two codes from bytes that are two
-apart, where one mask finds both: of bytes 0 1 2 3 come values 0 2 1 3, see ``in_order_of_codes``.
+the compiler would take every value apart. With APART a register takes its two codes from bytes that
+are two apart, where one mask finds both: of bytes 0 1 2 3 come values 0 2 1 3. The activations have
+to be in that order too, see ``in_order_of_codes``.
 
 Legend: K terms, N columns, G groups of terms with one scale.
 """
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -115,7 +118,15 @@ def in_order_of_codes(terms_MK):
     return terms_MK.reshape(M, K // 4, 2, 2).permute(0, 1, 3, 2).reshape(M, K)
 
 
-def _integers(of: str, *, odd: bool, scaled: bool) -> str:
+def _bytes(n: int, *, apart: bool, shift: int = 0) -> list[str]:
+    """PTX that brings a register's two bytes, shifted to the right, to the ends of its halves."""
+    if apart:
+        return [f"shr.b32 t, $2, {shift + 8 * n}"]
+    first = [f"shr.b32 w, $2, {shift}"] if n == 0 else []
+    return [*first, f"prmt.b32 t, w, 0, 0x{('4140', '4342')[n]}"]
+
+
+def _integers(of: str, *, odd: bool, scaled: bool, apart: bool) -> str:
     """PTX from four bytes to one integer of each, in two registers.
 
     The code becomes the lowest bits of the mantissa of 2^7 (bfloat16) or 2^10 (float16); the
@@ -126,7 +137,7 @@ def _integers(of: str, *, odd: bool, scaled: bool) -> str:
     lines = [f"mov.b32 one, 0x{one}"]
     for n in (0, 1):
         lines += [
-            f"shr.b32 t, $2, {4 * odd + 8 * n}",
+            *_bytes(n, apart=apart, shift=4 * odd),
             f"lop3.b32 t, t, 0x000F000F, 0x{magic}, 0xEA",  # a & b | c
             f"fma.rn.{of}x2 {'t' if scaled else f'${n}'}, t, one, ${n + 3}",
         ]
@@ -135,7 +146,7 @@ def _integers(of: str, *, odd: bool, scaled: bool) -> str:
     return _block(lines)
 
 
-def _floats(of: str, *, odd: bool) -> str:
+def _floats(of: str, *, odd: bool, apart: bool) -> str:
     """PTX from four bytes to one e2m1 value of each times its scale, in two registers.
 
     Exponent and mantissa move to where they stand for the value times 2^-126 (bfloat16) or 2^-14
@@ -144,7 +155,7 @@ def _floats(of: str, *, odd: bool) -> str:
     """
     lines = [] if of == "bf16" else ["mov.b32 one, 0x74007400"]
     for n in (0, 1):
-        lines.append(f"shr.b32 t, $2, {8 * n}")
+        lines += _bytes(n, apart=apart)
         if of == "bf16":
             # The product holds the code twice, its sign in bit 15 and the rest in bits 6 to 8.
             lines += [
@@ -165,16 +176,24 @@ def _floats(of: str, *, odd: bool) -> str:
 
 
 def _block(lines: list[str]) -> str:
-    registers = ".reg .b32 t, u, one, nought"
+    registers = ".reg .b32 w, t, u, one, nought"
     return "{ " + "; ".join([registers, "mov.b32 nought, 0x80008000", *lines]) + "; }"
 
 
-_INTEGERS_BF16 = tl.constexpr([_integers("bf16", odd=odd, scaled=False) for odd in (False, True)])
-_INTEGERS_F16 = tl.constexpr([_integers("f16", odd=odd, scaled=False) for odd in (False, True)])
-_SCALED_BF16 = tl.constexpr([_integers("bf16", odd=odd, scaled=True) for odd in (False, True)])
-_SCALED_F16 = tl.constexpr([_integers("f16", odd=odd, scaled=True) for odd in (False, True)])
-_FLOATS_BF16 = tl.constexpr([_floats("bf16", odd=odd) for odd in (False, True)])
-_FLOATS_F16 = tl.constexpr([_floats("f16", odd=odd) for odd in (False, True)])
+def _forms(write: Callable[..., str], of: str, **options: bool) -> tl.constexpr:
+    """PTX by whether codes are apart and whether they are the odd ones."""
+    return tl.constexpr(
+        [[write(of, odd=odd, apart=apart, **options) for odd in (False, True)]
+         for apart in (False, True)]
+    )  # fmt: skip
+
+
+_INTEGERS_BF16 = _forms(_integers, "bf16", scaled=False)
+_INTEGERS_F16 = _forms(_integers, "f16", scaled=False)
+_SCALED_BF16 = _forms(_integers, "bf16", scaled=True)
+_SCALED_F16 = _forms(_integers, "f16", scaled=True)
+_FLOATS_BF16 = _forms(_floats, "bf16")
+_FLOATS_F16 = _forms(_floats, "f16")
 
 
 @triton.jit
@@ -187,7 +206,8 @@ def minus_zeros(points, dtype: tl.constexpr):
 
 @triton.jit
 def nibbles(
-    raw_KN, minus_KN, scale_KN, ELEMENTS: tl.constexpr, ODD: tl.constexpr, dtype: tl.constexpr
+    raw_KN, minus_KN, scale_KN, ELEMENTS: tl.constexpr, ODD: tl.constexpr, APART: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """Decode one code of every byte to ``dtype``.
 
@@ -197,6 +217,7 @@ def nibbles(
         scale_KN: what ``scale_as`` makes of scales; None if integers are scaled elsewhere.
         ELEMENTS: "uint4" or "e2m1".
         ODD: which of the two codes.
+        APART: the order of 16-bit values.
         dtype: float32, by plain operations, or a 16-bit type.
     """
     BF16: tl.constexpr = dtype == tl.bfloat16
@@ -206,17 +227,17 @@ def nibbles(
         if scale_KN is not None:
             values *= scale_KN
     elif ELEMENTS == "e2m1":
-        code: tl.constexpr = (_FLOATS_BF16 if BF16 else _FLOATS_F16)[ODD]
+        code: tl.constexpr = (_FLOATS_BF16 if BF16 else _FLOATS_F16)[APART][ODD]
         values = tl.inline_asm_elementwise(
             code, "=r,=r,r,r,r", [raw_KN, scale_KN], dtype=scale_KN.dtype, is_pure=True, pack=4
         )
     elif scale_KN is None:
-        code: tl.constexpr = (_INTEGERS_BF16 if BF16 else _INTEGERS_F16)[ODD]
+        code: tl.constexpr = (_INTEGERS_BF16 if BF16 else _INTEGERS_F16)[APART][ODD]
         values = tl.inline_asm_elementwise(
             code, "=r,=r,r,r,r", [raw_KN, minus_KN], dtype=minus_KN.dtype, is_pure=True, pack=4
         )
     else:
-        code: tl.constexpr = (_SCALED_BF16 if BF16 else _SCALED_F16)[ODD]
+        code: tl.constexpr = (_SCALED_BF16 if BF16 else _SCALED_F16)[APART][ODD]
         values = tl.inline_asm_elementwise(
             code, "=r,=r,r,r,r,r,r", [raw_KN, minus_KN, scale_KN],
             dtype=minus_KN.dtype, is_pure=True, pack=4,

@@ -54,7 +54,10 @@ def _words(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, of, dtype):
+def _even_and_odd(
+    a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.constexpr, APART: tl.constexpr,
+    of, dtype,
+):  # fmt: skip
     """Load a tile's even and odd terms, [BLOCK_M, BLOCK_K / 2] each, as ``dtype``.
 
     Two values of 16 bits come as one word, float32 by themselves. Within the halves the terms are
@@ -68,11 +71,14 @@ def _even_and_odd(a_rows, a_mask, first, TERMS: tl.constexpr, BLOCK_K: tl.conste
         at = a_rows[:, None] + 2 * place[None, :]
         even, odd = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
     else:
-        words = _words(a_rows, a_mask, first, TERMS, BLOCK_K)
+        if APART:
+            words = _words(a_rows, a_mask, first, TERMS, BLOCK_K)
+        else:
+            words = tl.load(a_rows[:, None] + place[None, :], mask=mask, other=0)
         words = words.to(tl.uint32, bitcast=True)
         even = (words & 0xFFFF).to(tl.uint16).to(of, bitcast=True)
         odd = (words >> 16).to(tl.uint16).to(of, bitcast=True)
-    if dtype != tl.float32:
+    if APART and dtype != tl.float32:
         even, odd = in_order_of_codes(even), in_order_of_codes(odd)
     return even.to(dtype), odd.to(dtype)
 
@@ -88,7 +94,10 @@ def paired_codes(
     ``scales_GN`` are the tile's, None where scales are applied to sums. SWAPPED computes the
     transpose: a product on the tensor cores has 16 columns and 8 pairs then, not 8 and 16.
     """
-    even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, of, dtype)
+    # Many rows have the tensor cores read operands from shared memory, which another order of
+    # activations makes slower by more than decoding gains.
+    APART: tl.constexpr = a_rows.shape[0] <= 16
+    even, odd = _even_and_odd(a_rows, a_mask, first, TERMS, BLOCK_K, APART, of, dtype)
     byte = first // 2 + tl.arange(0, BLOCK_K // 2)
     if TERMS % BLOCK_K == 0:
         raw = tl.load(codes_of_column[None, :] + byte[:, None])
@@ -110,9 +119,9 @@ def paired_codes(
         factors = over_terms(factors_GN, BLOCK_K // 2 // factors_GN.shape[0])
     elif ELEMENTS == "e2m1":
         factors = scale_as(tl.full(raw.shape, 1.0, tl.float32), ELEMENTS, dtype)
-    b = nibbles(raw, minus, factors, ELEMENTS, False, dtype)
+    b = nibbles(raw, minus, factors, ELEMENTS, False, APART, dtype)
     acc = _dot(even, b, acc, SWAPPED)
-    b = nibbles(raw, minus, factors, ELEMENTS, True, dtype)
+    b = nibbles(raw, minus, factors, ELEMENTS, True, APART, dtype)
     return _dot(odd, b, acc, SWAPPED)
 
 

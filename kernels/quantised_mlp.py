@@ -244,11 +244,13 @@ class Step:
     @property
     def _options(self) -> dict[str, Any]:
         config = self.config
+        # With more registers a multiprocessor has no room for a second program of so many threads.
+        registers = {"maxnreg": 128} if config.num_warps == 8 else {}
         return {
             "HIDDEN": self.weights.hidden, "INTERMEDIATE": self.weights.intermediate,
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
             "GROUP_M": config.group_m, "SWAPPED": config.swapped, "UPCAST": _interpreted(),
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
+            "num_warps": config.num_warps, "num_stages": config.num_stages, **registers,
         }  # fmt: skip
 
     def gate_up(self, inputs: QuantisedInputs) -> Tensor:

@@ -81,41 +81,46 @@ def decoded(assembly: str, dtype: torch.dtype, *operands: int) -> torch.Tensor:
     return torch.cat(values)
 
 
-def codes(odd: bool) -> torch.Tensor:
-    byte = torch.arange(256).view(-1, 2, 2).transpose(1, 2).flatten()  # see in_order_of_codes
+def codes(odd: bool, apart: bool) -> torch.Tensor:
+    byte = torch.arange(256)
+    if apart:
+        byte = byte.view(-1, 2, 2).transpose(1, 2).flatten()  # see in_order_of_codes
     return byte >> 4 if odd else byte & 15
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("of", DTYPES)
-def test_integers(of, odd):
+def test_integers(of, odd, apart):
     dtype, zero = DTYPES[of], 7
     minus = twice(-MAGIC[of] - zero, dtype)
-    values = decoded(_integers(of, odd=odd, scaled=False), dtype, minus, minus)
-    assert torch.equal(values, (codes(odd) - zero).double())
+    values = decoded(_integers(of, odd=odd, scaled=False, apart=apart), dtype, minus, minus)
+    assert torch.equal(values, (codes(odd, apart) - zero).double())
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("of", DTYPES)
-def test_scaled_integers_round_once(of, odd):
+def test_scaled_integers_round_once(of, odd, apart):
     dtype, zero, scale = DTYPES[of], 8, torch.tensor(0.0137).to(DTYPES[of])
     operands = twice(-MAGIC[of] - zero, dtype), twice(float(scale), dtype)
     doubled = [operand for operand in operands for _ in range(2)]
-    values = decoded(_integers(of, odd=odd, scaled=True), dtype, *doubled)
-    expected = (codes(odd) - zero).double() * scale.double()
+    values = decoded(_integers(of, odd=odd, scaled=True, apart=apart), dtype, *doubled)
+    expected = (codes(odd, apart) - zero).double() * scale.double()
     assert torch.equal(values, expected.to(dtype).double())
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("exponent", [-12, 0, 5])
 @pytest.mark.parametrize("of", DTYPES)
-def test_4_bit_floats(of, exponent, odd):
+def test_4_bit_floats(of, exponent, odd, apart):
     dtype = DTYPES[of]
     # Sums are multiplied by 2^32 after scales times 2^94.
     left_out = 2.0**32 if of == "bf16" else 1.0
     scale = twice(2.0 ** (exponent + 94 if of == "bf16" else exponent), dtype)
-    values = decoded(_floats(of, odd=odd), dtype, scale, scale) * left_out
-    expected = torch.tensor(E2M1, dtype=torch.float64)[codes(odd)] * 2.0**exponent
+    values = decoded(_floats(of, odd=odd, apart=apart), dtype, scale, scale) * left_out
+    expected = torch.tensor(E2M1, dtype=torch.float64)[codes(odd, apart)] * 2.0**exponent
     assert torch.equal(values, expected)
 
 
@@ -126,5 +131,7 @@ def test_scales_of_4_bit_floats():
     assert torch.equal(scales, torch.exp2((exponent + 94).double()))
     for exponent in (-92, 0, 33):
         scale = twice(2.0 ** (exponent + 94), torch.bfloat16)
-        values = decoded(_floats("bf16", odd=False), torch.bfloat16, scale, scale) * 2.0**32
+        values = (
+            decoded(_floats("bf16", odd=False, apart=True), torch.bfloat16, scale, scale) * 2.0**32
+        )
         assert sorted(set(values.tolist())) == sorted({v * 2.0**exponent for v in E2M1})
