@@ -60,15 +60,13 @@ def _for_few_pairs(form: ExpertFormat, pairs_per_expert: float) -> QuantisedTile
     block_k = _terms(form, 128)
     # Hardly an expert has more than 8 pairs.
     few = form.bits == 4 and pairs_per_expert <= 4
-    block_m = 8 if few else 16
     if form.elements == "e2m1":
-        # The fewer programs there are, the less may one of them do.
-        if pairs_per_expert <= 1 / 8:
-            return QuantisedTiles(block_m, 64, _terms(form, 256), 1, 4, 3, swapped=few)
-        return QuantisedTiles(block_m, 128, block_k, 1, 4, 3, swapped=few)
+        if few:
+            return QuantisedTiles(8, 64, _terms(form, 256), 1, 4, 3, swapped=True)
+        return QuantisedTiles(16, 128, block_k, 1, 4, 3)
     if form.bits == 4:
         # Every warp takes the activations' even and odd terms apart for itself.
-        return QuantisedTiles(block_m, 64, block_k, 1, 2, 6 if few else 4, swapped=True)
+        return QuantisedTiles(8 if few else 16, 64, block_k, 1, 2, 6 if few else 4, swapped=True)
     if form.inputs == "group" and pairs_per_expert > 4:
         return QuantisedTiles(16, 128, block_k, 1, 4, 3, rounds_inside=True)
     return QuantisedTiles(16, 64, block_k, 1, 2 if form.inputs and pairs_per_expert > 1 else 4, 4)
