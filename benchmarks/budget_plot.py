@@ -10,6 +10,9 @@ Row = dict[str, Any]
 
 SHOWN = "auto"
 
+NARROW = 0.08
+"""Share of the whole time below which a phase has no room for its name."""
+
 
 def draw(result: dict[str, Any], path: Path) -> Path | None:
     """Draw the server that moves its boundary.
@@ -42,7 +45,9 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
         axes.grid(visible=True, alpha=0.2)
         _phases(axes, series)
     for name, rows in groupby(series, key=lambda row: row["phase"]):
-        blocks.annotate(name, (next(rows)["seconds"], 1.02), xycoords=("data", "axes fraction"))
+        start, *_, end = [row["seconds"] for row in rows] * 2
+        if end - start > NARROW * (seconds[-1] - seconds[0]):
+            blocks.annotate(name, (start, 1.02), xycoords=("data", "axes fraction"))
     return save(figure, path)
 
 

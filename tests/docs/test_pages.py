@@ -163,7 +163,7 @@ def test_replayed_results_are_those_of_the_files():
 
 
 def test_results_are_those_of_the_file():
-    rows, (_, table) = rows_of("growth.json"), tables_of_the_readme("Results")
+    rows, (_, table) = rows_of("engine.json"), tables_of_the_readme("Results")
     assert [name for name, *_ in table] == list(CONFIGURATIONS)
     for name, decode, prefill in table:
         configuration, kind = CONFIGURATIONS[name]
@@ -186,7 +186,7 @@ def test_what_the_readme_claims_in_its_first_lines():
         for case in (f"decode {batch}" for batch in BATCHES)
     ]
     assert f"{min(replayed):.1f} to {max(replayed):.0f} times as fast with recorded" in claim
-    rows = rows_of("growth.json")
+    rows = rows_of("engine.json")
     ratio = {
         (case, share): seconds(rows, f"cpu-offload {share}", case)
         / seconds(rows, f"plugin {share}", case)
@@ -195,8 +195,8 @@ def test_what_the_readme_claims_in_its_first_lines():
     }
     prompts = [value for (case, _), value in ratio.items() if case.startswith("prefill")]
     assert {f"long prompts are {value:.0f} times as fast" in claim for value in prompts} == {True}
-    assert min(value for (case, _), value in ratio.items() if case.startswith("decode")) >= 1 - 0.03
-    assert "as fast within 3 %" in claim
+    assert min(value for (case, _), value in ratio.items() if case.startswith("decode")) >= 1 - 0.04
+    assert "as fast within 4 %" in claim
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss", "granite_moe")
