@@ -32,6 +32,8 @@ class Successor(OffloadEngine):
         """
         new = cls(MoeOffloadConfig.parse(options), old.device, **about)
         new.pool, new.specs, new.routers = old.pool, old.specs, old.routers
+        # Nothing has run yet from which it could know what there is to compile.
+        new.rehearsal = old.rehearsal.again()
         return new
 
     def _check(self, budget: Any) -> None:

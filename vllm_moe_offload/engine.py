@@ -99,7 +99,7 @@ class OffloadEngine:
         self.borrower: Borrower | None = None
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
         self._seconds_of_L: list[float] = []
-        self._rehearsal: Rehearsal | None = Rehearsal(device, workers_on_host)
+        self.rehearsal = Rehearsal(device, workers_on_host)
 
     @property
     def policies(self) -> dict[str, str]:
@@ -245,8 +245,8 @@ class OffloadEngine:
             [T, H] of the type of ``x_TH``.
         """
         part, prefetch = self._layers[layer], self._prefetch
-        if self._rehearsal is not None:
-            self._rehearsal.note(layer, Inputs(x_TH, weight_TK, ids_TK, chosen_TK, is_padding_T))
+        if not self.rehearsal.is_over:
+            self.rehearsal.note(layer, Inputs(x_TH, weight_TK, ids_TK, chosen_TK, is_padding_T))
         if prefetch is not None:
             prefetch.settle()
         if self._sweep is not None and not torch.cuda.is_current_stream_capturing():
@@ -270,9 +270,9 @@ class OffloadEngine:
 
     def rehearse(self) -> None:
         """Compile what steps of up to as many tokens as yet may launch; once, before requests."""
-        rehearsal, self._rehearsal = self._rehearsal, None
-        if rehearsal is not None and self.device.type == "cuda":
-            rehearsal.perform(self._layers, self._sweep, self.run, self._say)
+        is_due, self.rehearsal.is_over = not self.rehearsal.is_over, True
+        if is_due and self.device.type == "cuda":
+            self.rehearsal.perform(self._layers, self._sweep, self.run, self._say)
 
     def step_begins(self, num_tokens: int, scheduled: int = 0) -> None:
         """Start the copies of a step that will be a sweep, ahead of its layers.

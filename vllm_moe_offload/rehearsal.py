@@ -121,6 +121,14 @@ class Rehearsal:
         self._device = device
         self._workers_on_host = workers_on_host
         self._given: dict[tuple[int, bool], Inputs] = {}
+        self.is_over = False
+        """Whether nothing that layers are given is of interest any more."""
+
+    def again(self) -> "Rehearsal":
+        """The same, to come, for another engine over the same layers."""
+        other = Rehearsal(self._device, self._workers_on_host)
+        other._given = dict(self._given)
+        return other
 
     def note(self, layer: int, inputs: Inputs) -> None:
         """Remember the types of the largest step of a layer, with padding and without."""

@@ -134,7 +134,7 @@ def step(engine: OffloadEngine, case: Case, tokens: int, device: torch.device) -
 
 def rehearse(engine: OffloadEngine) -> None:
     """What ``OffloadEngine.rehearse`` does on a GPU, anywhere."""
-    rehearsal, engine._rehearsal = engine._rehearsal, None
+    rehearsal, engine.rehearsal.is_over = engine.rehearsal, True
     rehearsal.perform(engine._layers, engine._sweep, engine.run, lambda _: None)
 
 
@@ -251,10 +251,23 @@ def test_nothing_is_left_of_a_rehearsal(device, monkeypatch):
 
 def test_a_host_rehearses_nothing(monkeypatch):
     with engine_of(SMALL, torch.device("cpu")) as engine:
-        rehearsal = engine._rehearsal
+        rehearsal = engine.rehearsal
         monkeypatch.setattr(rehearsal, "perform", lambda *_: pytest.fail("a host compiles nothing"))
         engine.rehearse()
-        assert engine._rehearsal is None, "layers are watched to no end"
+        assert rehearsal.is_over, "layers are watched to no end"
+
+
+def test_another_engine_knows_what_there_is_to_rehearse(device):
+    with engine_of(SMALL, device) as engine:
+        profile(engine, SMALL, device)
+        rehearse(engine)
+        other = engine.rehearsal.again()
+        assert not other.is_over
+        steps = [
+            [(step.layer, step.tokens) for step in each.steps(engine._layers)]
+            for each in (engine.rehearsal, other)
+        ]
+        assert steps[0] == steps[1] != []
 
 
 def test_representatives_are_the_first_of_their_kind():
