@@ -63,6 +63,8 @@ class OffloadEngine:
         say: takes a line for the log.
     """
 
+    _check = staticmethod(check_memory)
+
     def __init__(
         self,
         config: MoeOffloadConfig,
@@ -129,7 +131,7 @@ class OffloadEngine:
             demands, self.config, borrows=self.borrows, spare_bytes=self.spare_bytes
         )
         host = available_host_memory().shared_by(self._workers_on_host)
-        check_memory(budget, self.config, host, self.device)
+        self._check(budget, self.config, host, self.device)
         rows = [segment.rows_EB for segment in self.pool.segments]
         populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)
@@ -334,9 +336,8 @@ class OffloadEngine:
     @property
     def shared_blocks(self) -> tuple[int, int] | None:
         """First block of the KV cache that experts hold now, and how many blocks there are."""
-        if self.borrower is None:
-            return None
-        return self.borrower.first_block, self.borrower.boundary.num_blocks
+        borrower = self.borrower
+        return (borrower.first_block, borrower.boundary.num_blocks) if borrower else None
 
     @property
     def lent_bytes(self) -> int:
