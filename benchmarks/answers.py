@@ -145,6 +145,21 @@ def tokens_of(run: dict[str, Any]) -> list[int]:
     ]
 
 
+def mean_apart(exact: dict[str, Any], run: dict[str, Any]) -> float:
+    """Mean difference of log-probabilities, of each request up to where tokens part, that included.
+
+    At that step each side names its own token.
+    """
+    found = []
+    for phase, requests in exact["answers"].items():
+        for theirs, ours in zip(requests, run["answers"][phase], strict=True):
+            for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
+                found.append(abs(a - b))
+                if their_token != our_token:
+                    break
+    return sum(found) / len(found)
+
+
 def until_tokens_part(stock: dict[str, Any], mine: dict[str, Any]) -> float:
     """Largest difference of log-probabilities, of each request up to where the tokens part."""
     worst = 0.0

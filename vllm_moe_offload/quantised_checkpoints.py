@@ -258,9 +258,14 @@ def _mxfp4_by_expert(weight_NK: Tensor) -> tuple[Packed, Tensor]:
     return {"weight": packed["blocks"].flatten(1), "weight_scale": packed["scales"]}, value
 
 
+_NVFP4_LARGEST = 8.0
+"""Of the weights: gate and up of an expert have one global scale in published checkpoints."""
+
+
 def _nvfp4(weight_NK: Tensor) -> tuple[Packed, Tensor]:
     blocks = weight_NK.unflatten(1, (-1, 16))
-    whole = weight_NK.abs().amax() / (6.0 * _E4M3_MAX)
+    assert weight_NK.abs().amax() <= _NVFP4_LARGEST
+    whole = torch.tensor(_NVFP4_LARGEST / (6.0 * _E4M3_MAX))
     scale = (blocks.abs().amax(2) / 6.0 / whole).to(torch.float8_e4m3fn)
     step = (scale.float() * whole)[..., None]
     codes, value = _e2m1(blocks / step)

@@ -273,7 +273,8 @@ class Sweep:
         tables, counters = part.residency.tables, part.residency.work.counters
         # One place more than there are experts takes the inactive ids.
         active = torch.zeros(tables.slot_of_E.numel() + 1, dtype=torch.bool, device=ids_TK.device)
-        active[(ids_TK.reshape(-1) + 1).long()] = True
+        # An assignment would bring its value from the host, and wait for that in every layer.
+        active.index_fill_(0, (ids_TK.reshape(-1) + 1).long(), True)
         active_E = active[1:]
         num_active, num_hits = active_E.sum(), (active_E & (tables.slot_of_E >= 0)).sum()
         streams = num_active - num_hits

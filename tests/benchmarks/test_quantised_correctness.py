@@ -1,5 +1,6 @@
 """What the comparison of quantised formats makes of its runs."""
 
+import pytest
 from quantised_correctness import BACKENDS, ROUNDING, SHARES, judge
 
 from vllm_moe_offload.quantised_checkpoints import FORMATS
@@ -12,7 +13,7 @@ def run(*steps):
 def judged(stock, mine=None, **changed):
     mine = mine or run((5, -1.0), (6, -1.0))
     runs = {f"share {share}": mine for share in SHARES}
-    runs |= {"one layer": mine, "stock": stock, "float32": mine, "decoded": mine}
+    runs |= {"one layer": mine, "stock": stock, "float32": mine, "decoded": mine, "exact": mine}
     return judge("fp8", runs | changed)
 
 
@@ -35,11 +36,20 @@ def test_tokens_may_part_where_both_are_as_likely():
 
 
 def test_tokens_may_not_part_elsewhere():
-    assert not judged(run((5, -1.0), (7, -1.0 - 2 * ROUNDING)))["passed"]
+    stock = run((5, -1.0), (7, -1.0 - 2 * ROUNDING))
+    assert not judged(stock, exact=stock)["passed"]
 
 
 def test_log_probabilities_must_be_near_before():
-    assert not judged(run((5, -1.0 - 2 * ROUNDING), (6, -1.0)))["passed"]
+    stock = run((5, -1.0 - 2 * ROUNDING), (6, -1.0))
+    assert not judged(stock, exact=stock)["passed"]
+
+
+@pytest.mark.parametrize(("mine", "passes"), [(0.2, True), (0.21, True), (0.23, False)])
+def test_further_apart_the_plugin_must_be_as_near_to_exact(mine, passes):
+    row = judged(run((5, -1.2)), run((5, -1.0 + mine)), exact=run((5, -1.0)))
+    assert row["max_difference_to_stock"] > ROUNDING
+    assert row["passed"] == passes
 
 
 def test_residency_must_change_nothing():

@@ -193,6 +193,30 @@ def test_a_whole_step_never_waits_for_the_device(num_slots, device):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("num_slots", SIZE.slots)
+def test_a_sweep_waits_for_the_device_at_its_first_layer_only(num_slots, device):
+    tokens, experts = 1024, SIZE.experts
+    x_TH = torch.randn(tokens, SIZE.hidden, dtype=SIZE.dtype, device=device)
+    weight_TK = torch.rand(tokens, SIZE.choices, device=device)
+    ids_TK = torch.randint(-1, experts, weight_TK.shape, dtype=torch.int32, device=device)
+    with engine_with(num_slots, device) as engine:
+        assert engine._layers[0].is_sweep(ids_TK.numel())
+        for _ in range(2):  # the first one fills slots and compiles
+            for layer in range(SIZE.layers):
+                engine.run(layer, x_TH, weight_TK, ids_TK)
+        engine.run(0, x_TH, weight_TK, ids_TK)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for layer in range(1, SIZE.layers):
+                engine.run(layer, x_TH, weight_TK, ids_TK)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        engine.check_integrity()
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_the_sync_debug_mode_notices_a_wait(device):
     torch.cuda.set_sync_debug_mode("error")
     try:
