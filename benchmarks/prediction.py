@@ -34,7 +34,7 @@ FEW_STEPS = {1: (4, 3), 8: (2, 2), 32: (1, 2)}
 STOCK_STEPS = (3, 6)
 """vLLM's own offloading keeps the same layers in every step."""
 
-QUICK_S, EXACT_S = 3.0, 12.0
+QUICK_S, EXACT_S = 2.0, 6.0
 """For how long batch 1 is repeated: host noise shows there. Longer where a percent is judged."""
 
 MAX_TOKENS = 1024

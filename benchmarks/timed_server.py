@@ -26,7 +26,7 @@ from shapes import SHAPES
 TOP_KERNELS = 40
 """Lines of a profile."""
 
-MAX_REPEATS, REPEAT_SECONDS = 12, 2.5
+MAX_REPEATS, REPEAT_SECONDS = 12, 1.5
 """How often, and for how long, a case is measured again."""
 
 SETTLE_STEPS = 30

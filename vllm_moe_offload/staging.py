@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from vllm_moe_offload.layout import ROW_ALIGNMENT, ExpertLayout
+from vllm_moe_offload.sizes import MIB
 
-MAX_BLOCKS = 10
+MIN_BLOCKS, MAX_BLOCKS = 4, 10
 """Blocks of a sweep: with more of them less of the buffer waits for the block in use to be done,
 with fewer of them the products of a layer take fewer launches."""
+
+BLOCK_BYTES = 56 * MIB
+"""Of a block between these bounds: PCIe 5.0 takes a millisecond, and the host a fraction of that to
+launch what is computed from it. With half as much a slow host is the last to be ready."""
 
 
 class Staging:
@@ -29,7 +34,8 @@ class Staging:
     def __init__(self, num_bytes: int, largest_row: int, device: torch.device) -> None:
         self.buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.halves = self._cut(2)
-        self.blocks = self._cut(max(2, min(MAX_BLOCKS, num_bytes // max(1, largest_row))))
+        wanted = max(MIN_BLOCKS, min(MAX_BLOCKS, num_bytes // BLOCK_BYTES))
+        self.blocks = self._cut(max(2, min(wanted, num_bytes // max(1, largest_row))))
 
     @property
     def num_bytes(self) -> int:

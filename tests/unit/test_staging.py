@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from vllm_moe_offload import staging as module
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.staging import MAX_BLOCKS, Staging, rows_of
+from vllm_moe_offload.staging import MAX_BLOCKS, MIN_BLOCKS, Staging, rows_of
 
 PAGE = 4096
 HOST = torch.device("cpu")
@@ -25,9 +26,13 @@ def test_rows_of_a_block(block_pages, row_pages, limit, count):
 
 @pytest.mark.parametrize(
     ("pages", "row_pages", "blocks"),
-    [(2, 1, 2), (3, 1, 3), (99, 1, MAX_BLOCKS), (5, 2, 2), (7, 2, 3), (0, 0, 2)],
-)
-def test_every_block_holds_the_largest_row(pages, row_pages, blocks):
+    [
+        (2, 1, 2), (3, 1, 3), (5, 2, 2), (7, 2, 3), (0, 0, 2),
+        (30, 1, MIN_BLOCKS), (70, 1, 7), (70, 12, 5), (200, 1, MAX_BLOCKS),
+    ],
+)  # fmt: skip
+def test_every_block_holds_the_largest_row(pages, row_pages, blocks, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 10 * PAGE)
     staging = Staging(pages * PAGE, row_pages * PAGE, HOST)
     assert len(staging.blocks) == blocks
     assert len(staging.halves) == 2
