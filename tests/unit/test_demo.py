@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/collective_rpc":
             return self.reply({"results": [stats]}, 200 if plugin else 500)
         if "messages" in body and "FAKE_NO_TEMPLATE" in os.environ:
-            return self.reply({"error": {"message": os.environ["FAKE_NO_TEMPLATE"]}}, 400)
+            status, message = os.environ["FAKE_NO_TEMPLATE"].split(maxsplit=1)
+            return self.reply({"error": {"message": message}}, int(status))
         stats["hits"] += 10
         stats["bytes_moved"] += 2**20
         ids = [7 + shift] * body["max_tokens"]
@@ -143,7 +144,14 @@ def test_other_tokens_exit_one(vllm, monkeypatch, capsys):
     assert "token ids differ from position 0" in out
 
 
-@pytest.mark.parametrize("why", ["provide a chat template", "Token id 200008 is out of vocabulary"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "400 provide a chat template",
+        "400 Token id 200008 is out of vocabulary",
+        "500 error downloading or loading vocab file",
+    ],
+)
 def test_model_that_cannot_chat_is_asked_for_completions_only(vllm, monkeypatch, capsys, why):
     monkeypatch.setenv("FAKE_NO_TEMPLATE", why)
     assert demo.run("some/model") == 0
