@@ -37,14 +37,11 @@ SHARES = (0.0, 0.25, 1.0)
 BACKENDS = {
     "fp8": "triton", "fp8-channel": "triton", "fp8-tensor": "triton",
     "w4a16": "triton", "w4a16-zeros": "triton", "w4a16-channel": "marlin", "w8a16": "triton",
-    "gptq": "triton", "gptq-8bit": "triton", "awq": "emulation",
+    "gptq": "marlin", "gptq-8bit": "marlin", "awq": "emulation",
     "nvfp4": "marlin", "nvfp4-packed": "marlin",
     "mxfp4": "triton", "mxfp4-by-expert": "marlin",
 }  # fmt: skip
 """The backend of stock vLLM by format."""
-
-METHODS = {"gptq": "moe_wna16", "gptq-8bit": "moe_wna16"}
-"""Where the backend wants another of vLLM's methods than the checkpoint's own."""
 
 AS_NEAR = 1.1
 """Times stock vLLM's mean distance from what the codes mean: as far as chance goes in a few hundred
@@ -83,9 +80,8 @@ def run_one(form: str) -> dict[str, Any]:
         runs["one layer"] = _start("one layer", shallow, dtype="bfloat16", **eager, **plugin(0.25))
         try:
             runs["stock"] = _start(
-                "stock", shallow, dtype="bfloat16", moe_backend=BACKENDS[form],
-                quantization=METHODS.get(form), **eager,
-            )  # fmt: skip
+                "stock", shallow, dtype="bfloat16", moe_backend=BACKENDS[form], **eager
+            )
         except Exception as error:
             runs["stock"] = {"error": f"{type(error).__name__}: {error}"[:500]}
         _allow_float32()

@@ -12,6 +12,7 @@ import pytest
 from documented import PAGES, ROOT, anchors, inline_code, links, prose
 
 from vllm_moe_offload.metrics.families import families
+from vllm_moe_offload.quantised_checkpoints import FORMATS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -220,6 +221,24 @@ def test_graphs_that_were_run_on_a_gpu():
                   if (row["family"], row["mode"]) == (family, "graphs")]  # fmt: skip
         assert run["passed"]
         assert run["bit_identical"]
+
+
+def test_formats_that_were_run_on_a_gpu():
+    (table,) = tables_of_the_readme("Quantised experts")
+    rows = {row["format"]: row for row in rows_of("correctness-quantised.json")}
+    assert rows.keys() == set(FORMATS)
+    assert all(r["bit_identical"] and r["float32_tokens_equal_stock"] for r in rows.values())
+    beside_stock = {name for name, row in rows.items() if row["passed"]}
+    assert beside_stock == {name for name in FORMATS if not name.startswith("gptq")}
+    for _, checkpoints, _, on_gpu in table:
+        assert on_gpu.startswith("tokens, bits")
+        assert ("stock" in on_gpu) == ("GPTQ" not in checkpoints)
+
+
+def test_quantised_servers_that_were_timed_on_a_gpu():
+    targets = json.loads((RESULTS / "quant.json").read_text())["targets"]
+    assert {target["passed"] for target in targets} == {True}
+    assert "**Every target is met**" in (RESULTS.parent / "README.md").read_text()
 
 
 def test_pages_name_no_file_of_a_machine():
