@@ -23,11 +23,12 @@ from vllm_moe_offload.kernels import (
     _quantise_triton,
     _quantised_mlp_triton,
     _resolve_triton,
+    _tally_triton,
 )
 
 _MODULES = (
     _dispatch_triton, _expert_mlp_triton, _gather_triton, _learn_triton, _predict_triton,
-    _prefetch_triton, _quantise_triton, _quantised_mlp_triton, _resolve_triton,
+    _prefetch_triton, _quantise_triton, _quantised_mlp_triton, _resolve_triton, _tally_triton,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from vllm_moe_offload.kernels import (
     prefetch,
     quantised_mlp,
     resolve,
+    tally,
 )
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
@@ -29,6 +30,7 @@ class Operations:
 
     resolve: Callable[..., None]
     wave_map: Callable[..., None]
+    tally: Callable[..., None]
     gather: Callable[..., None]
     expert_mlp: Callable[..., None]
     quantised_mlp: Callable[..., None]
@@ -58,6 +60,7 @@ class Operations:
 TORCH = Operations(
     resolve=resolve.resolve_torch,
     wave_map=resolve.wave_map_torch,
+    tally=tally.tally_torch,
     gather=gather.gather_torch,
     expert_mlp=expert_mlp.expert_mlp_torch,
     quantised_mlp=quantised_mlp.quantised_mlp_torch,
@@ -71,6 +74,7 @@ TORCH = Operations(
 TRITON = Operations(
     resolve=resolve.resolve,
     wave_map=resolve.wave_map,
+    tally=tally.tally,
     gather=gather.gather,
     expert_mlp=expert_mlp.expert_mlp,
     quantised_mlp=quantised_mlp.quantised_mlp,

@@ -168,7 +168,7 @@ class Sweep:
         while self._done < len(self._waves) and self._waves[self._done].layer == layer:
             moved += len(self._waves[self._done].experts)
             self._compute_wave(part, products)
-        self._count(part, ids_TK, moved)
+        self._count(part, ids_TK, products, moved)
         self._next_layer = layer + 1
         return products.total()
 
@@ -177,6 +177,7 @@ class Sweep:
         part = self._layers[layer]
         products = self._compute_slots(part, x_TH, weight_TK, ids_TK)
         products.compute(part.row_of_E.fill_(NOWHERE), part.blocks[0].weights)
+        self._count(part, ids_TK, products, moved=0)
         return products.total()
 
     def settle(self) -> None:
@@ -269,19 +270,11 @@ class Sweep:
         self._issue_free_blocks()
 
     @staticmethod
-    def _count(part: OffloadedLayer, ids_TK: Tensor, moved: int) -> None:
-        tables, counters = part.residency.tables, part.residency.work.counters
-        # One place more than there are experts takes the inactive ids.
-        active = torch.zeros(tables.slot_of_E.numel() + 1, dtype=torch.bool, device=ids_TK.device)
-        # An assignment would bring its value from the host, and wait for that in every layer.
-        active.index_fill_(0, (ids_TK.reshape(-1) + 1).long(), True)
-        active_E = active[1:]
-        num_active, num_hits = active_E.sum(), (active_E & (tables.slot_of_E >= 0)).sum()
-        streams = num_active - num_hits
-        counters[Counter.ACTIVE] += num_active
-        counters[Counter.HITS] += num_hits
-        counters[Counter.STREAMS] += streams
-        counters[Counter.SURPLUS] += moved - streams
+    def _count(part: OffloadedLayer, ids_TK: Tensor, products: Products, moved: int) -> None:
+        tables, work = part.residency.tables, part.residency.work
+        part.operations.tally(
+            ids_TK, tables.slot_of_E, work.counters, moved, dispatch=products.lists
+        )
 
 
 def _read(tables: Sequence[Tensor]) -> list[list[int]]:
