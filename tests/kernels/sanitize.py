@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from vllm_moe_offload import kernels
-from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, predict, resolve
+from vllm_moe_offload.kernels import dispatch, expert_mlp, gather, learn, predict, resolve, tally
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch
 from vllm_moe_offload.kernels.expert_mlp import ExpertWeights, TileConfig
@@ -98,6 +98,19 @@ def run_dispatch() -> None:
         dispatch.dispatch_torch(ids, expected)
         blocks = int(expected.num_blocks)
         same(lists, expected, {"sorted_pair": 16 * blocks, "expert_of_block": blocks})
+
+
+def run_tally() -> None:
+    """None, some and many of the pairs active."""
+    slot_of_E = torch.tensor([2, -1, 0, -1, -1, 1, -1], dtype=torch.int32)
+    counters, expected = (WorkList.empty(7, where).counters for where in (DEVICE, HOST))
+    for tokens in (0, 3, 300):
+        ids = routed(tokens, 3, 7)
+        lists = Dispatch.empty(ids.numel(), 7, 16, DEVICE)
+        dispatch.dispatch(ids.to(DEVICE), lists)
+        tally.tally(ids, slot_of_E.to(DEVICE), counters, 4, dispatch=lists)
+        tally.tally_torch(ids, slot_of_E, expected, 4)
+    assert torch.equal(counters.cpu(), expected)
 
 
 def run_resolve() -> None:
@@ -223,7 +236,7 @@ def run_look_ahead() -> None:
 
 def runs() -> Iterator[Any]:
     """Everything there is to run."""
-    yield from (run_dispatch, run_resolve, run_learn, run_look_ahead, run_gather)
+    yield from (run_dispatch, run_tally, run_resolve, run_learn, run_look_ahead, run_gather)
     yield from (run_expert_mlp, run_quantised)
 
 
