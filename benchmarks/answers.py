@@ -2,9 +2,12 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from vllm_moe_offload.demo.agreement import differences
 
 MAX_TOKENS = 16
 BATCHES = (1, 7, 32)
@@ -145,28 +148,26 @@ def tokens_of(run: dict[str, Any]) -> list[int]:
     ]
 
 
-def mean_apart(exact: dict[str, Any], run: dict[str, Any]) -> float:
+def of_both(mine: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The steps of each request in two runs of all phases."""
+    for phase, requests in other["answers"].items():
+        yield from zip(mine["answers"][phase], requests, strict=True)
+
+
+def mean_apart(mine: dict[str, Any], other: dict[str, Any]) -> float:
     """Mean difference of log-probabilities, of each request up to where tokens part, that included.
 
     At that step each side names its own token.
     """
-    found = []
-    for phase, requests in exact["answers"].items():
-        for theirs, ours in zip(requests, run["answers"][phase], strict=True):
-            for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
-                found.append(abs(a - b))
-                if their_token != our_token:
-                    break
-    return sum(found) / len(found)
+    return fmean(d for steps in of_both(mine, other) for d in differences(*steps))
 
 
 def until_tokens_part(stock: dict[str, Any], mine: dict[str, Any]) -> float:
     """Largest difference of log-probabilities, of each request up to where the tokens part."""
     worst = 0.0
-    for phase, requests in stock["answers"].items():
-        for theirs, ours in zip(requests, mine["answers"][phase], strict=True):
-            for (their_token, a), (our_token, b) in zip(theirs, ours, strict=True):
-                if their_token != our_token:
-                    break
-                worst = max(worst, abs(a - b))
+    for ours, theirs in of_both(mine, stock):
+        for (our_token, a), (their_token, b) in zip(ours, theirs, strict=True):
+            if our_token != their_token:
+                break
+            worst = max(worst, abs(a - b))
     return worst

@@ -28,7 +28,15 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
-from answers import difference, generate, mean_apart, plugin, tokens_of, until_tokens_part
+from answers import (
+    difference,
+    generate,
+    mean_apart,
+    of_both,
+    plugin,
+    tokens_of,
+    until_tokens_part,
+)
 from correctness import HAS_GPU, what_failed
 
 from vllm_moe_offload.demo.agreement import ROUNDING, steps_apart
@@ -129,7 +137,7 @@ def judge(form: str, runs: dict[str, Any]) -> dict[str, Any]:
         row["stock_error"] = stock["error"]
     else:
         apart = apart_by(stock, mine)
-        off, stock_off = (mean_apart(runs["exact"], run) for run in (mine, stock))
+        off, stock_off = (mean_apart(run, runs["exact"]) for run in (mine, stock))
         agrees = apart <= ROUNDING or off <= AS_NEAR * stock_off
         row |= {
             "tokens_equal_stock": tokens_of(stock) == tokens_of(mine),
@@ -148,21 +156,16 @@ def judge(form: str, runs: dict[str, Any]) -> dict[str, Any]:
 
 def apart_by(stock: dict[str, Any], mine: dict[str, Any]) -> float:
     """Largest difference between the answers of all phases, see ``steps_apart``."""
-    return max(
-        steps_apart(ours, theirs)
-        for phase, requests in stock["answers"].items()
-        for theirs, ours in zip(requests, mine["answers"][phase], strict=True)
-    )
+    return max(steps_apart(*steps) for steps in of_both(mine, stock))
 
 
 def same_requests(stock: dict[str, Any], mine: dict[str, Any]) -> str:
     """How many requests have the same tokens."""
-    pairs = [
-        ([t for t, _ in theirs], [t for t, _ in ours])
-        for phase, requests in stock["answers"].items()
-        for theirs, ours in zip(requests, mine["answers"][phase], strict=True)
+    same = [
+        [token for token, _ in ours] == [token for token, _ in theirs]
+        for ours, theirs in of_both(mine, stock)
     ]
-    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+    return f"{sum(same)} of {len(same)}"
 
 
 def main() -> int:

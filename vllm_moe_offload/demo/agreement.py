@@ -4,7 +4,7 @@ Then tokens may part where two are as likely as each other within the rounding. 
 elsewhere, nor may log-probabilities before that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from vllm_moe_offload.demo.conversation import Answer
 
@@ -33,9 +33,14 @@ def steps_apart(mine: Iterable[tuple[int, float]], other: Iterable[tuple[int, fl
         mine: token and log-probability of every step.
         other: the same of another server.
     """
-    worst = 0.0
+    return max(differences(mine, other), default=0.0)
+
+
+def differences(
+    mine: Iterable[tuple[int, float]], other: Iterable[tuple[int, float]]
+) -> Iterator[float]:
+    """The differences of which ``steps_apart`` is the largest."""
     for (my_token, my_logprob), (token, logprob) in zip(mine, other, strict=True):
-        worst = max(worst, abs(my_logprob - logprob))
+        yield abs(my_logprob - logprob)
         if my_token != token:
             break
-    return worst
