@@ -16,11 +16,10 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps it off
 
 import routing
 import timed_server
-from cores import on_core
 from exchange import Exchange, find_routers_early, in_turn
 from server import Server, fill_dummies_quickly
 from shapes import SHAPES
-from timed_server import Talk, empty_slots
+from timed_server import Talk, empty_slots, quickest
 
 from vllm_moe_offload.predictors.eam import EamPredictor
 from vllm_moe_offload.predictors.figures import WINDOW
@@ -30,9 +29,6 @@ from vllm_moe_offload.trace import Trace, load
 
 SEED = 0
 """Of routing that nobody can guess."""
-
-REPEATS = 12
-"""Of a step of a few milliseconds at least, in the time that it has."""
 
 Row = dict[str, Any]
 
@@ -113,18 +109,14 @@ def measured(
 
 
 def repeated(server: Server, plan: dict[str, Any], begin_anew: Callable[[], None]) -> Row:
-    """The quickest of several times, where each does exactly the same; else the only one.
+    """The quickest of several times, where each does exactly the same; else the only one."""
 
-    Each is on another core, see ``cores``.
-    """
-    start, rows = time.perf_counter(), []
-    while not rows or time.perf_counter() - start < plan["repeat_seconds"]:
+    def once() -> Row:
         if plan["anew"]:
             begin_anew()
-        with on_core(len(rows), REPEATS):
-            rows.append(server.decode(plan["batch"], plan["steps"], plan["warm_up"]))
-    row = min(rows, key=lambda row: row["seconds"])
-    return {**row, "repeats_seconds": [each["seconds"] for each in rows]}
+        return server.decode(plan["batch"], plan["steps"], plan["warm_up"])
+
+    return quickest(once, plan["repeat_seconds"], most=float("inf"))
 
 
 def start_over(
