@@ -229,16 +229,34 @@ def test_recorded_short_pieces(seed):
         assert above.min() >= -WORST
 
 
+def yardstick():
+    """Work in small arrays as a replay's, which a core that is left alone does in 0.077 s."""
+    keys_LE = np.random.default_rng(0).random((26, 64))
+    for _ in range(4000):
+        is_low_LE = keys_LE < 0.25
+        ascending_LE = np.sort(np.where(is_low_LE, keys_LE, 2.0), axis=-1)
+        keys_LE = keys_LE + 0 * ascending_LE[:, :1]
+        is_low_LE.sum(-1)
+        keys_LE.cumsum(0)
+
+
+def cpu_seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 @pytest.mark.traces
 @pytest.mark.parametrize("policy", ["lru", "eam", "adaptive"])
 def test_a_million_accesses_a_second(policy):
+    """Timed beside work of a known rate: tests that run meanwhile take caches and clock of both."""
     whole = load(*recorded("deepseek-v2-lite.intent"))
     starts = whole.sequence_starts[whole.sequence_starts <= 1000]
     trace = replace(whole, expert_ids=whole.expert_ids[: starts[-1]], sequence_starts=starts)
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        result = replay(trace, policy, [0.25])
-        seconds.append(time.process_time() - start)
-    # Three quarters of the goal, since other work on the machine takes caches and clock.
-    assert result.accesses / min(seconds) > 750_000
+    times = [
+        (cpu_seconds(yardstick), cpu_seconds(lambda: replay(trace, policy, [0.25])))
+        for _ in range(5)
+    ]
+    yards, replays = (min(column) for column in zip(*times, strict=True))
+    seconds = replays / yards * 0.077
+    assert trace.expert_ids.size / seconds > 750_000

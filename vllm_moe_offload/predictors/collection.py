@@ -32,6 +32,8 @@ class Collection:
         self.size = 0
         # The matrices are the last axis, so that one expert's counts in all of them are a row.
         self._counts_LEN = np.zeros((num_layers, num_experts, capacity), dtype=np.float32)
+        # The same as shares of their layer, with the experts last: those of a match are a row.
+        self._share_LNE = np.zeros((num_layers, capacity, num_experts), dtype=np.float32)
         # In double precision, as equal similarities are to be equal: the first matrix wins then.
         self._norm_LN = np.zeros((num_layers, capacity))
         self._layers = np.arange(num_layers)
@@ -52,6 +54,7 @@ class Collection:
         """
         place = self.size if self.size < self.capacity else self._most_similar(counts_LE)
         self._counts_LEN[:, :, place] = counts_LE
+        self._share_LNE[:, place] = counts_LE / np.maximum(counts_LE.sum(-1, keepdims=True), 1)
         # Up to and with each layer, since a token is matched on the layers it has passed.
         squares_L = np.square(counts_LE, dtype=np.float64).sum(-1)
         self._norm_LN[:, place] = np.sqrt(np.cumsum(squares_L))
@@ -82,8 +85,7 @@ class Collection:
             float32 [T, columns, E]; a row sums to one, or to zero where nothing was counted.
         """
         layers = self._layers[first_layer : first_layer + matrix_TL.shape[1]]
-        counts = self._counts_LEN[layers, :, matrix_TL]
-        shares: Floats = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+        shares: Floats = self._share_LNE[layers, matrix_TL]
         return shares
 
     def _most_similar(self, counts_LE: Floats) -> int:

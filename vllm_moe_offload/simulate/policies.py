@@ -75,9 +75,13 @@ class LruPolicy(Ranking):
 
     def rank(self, step: Step, resident_CLE: Bools) -> Ints:
         """Score is the time of the last use."""
+        self.note(step)
+        return lower_id_first(self.stamp_LE)
+
+    def note(self, step: Step) -> None:
+        """Note the uses of a step."""
         self.stamp_LE[step.active_LE] = self._clock
         self._clock += 1
-        return lower_id_first(self.stamp_LE)
 
 
 class LfuPolicy(Ranking):
@@ -142,19 +146,20 @@ class EamPolicy(Ranking):
 
     def rank(self, step: Step, resident_CLE: Bools) -> Floats:
         """Score is the likelihood, summed over the tokens of the step."""
-        self._recency.rank(step, resident_CLE)
-        stamp = self._recency.stamp_LE
-        score = self.EPSILON * (stamp + 1) / (stamp.max() + 1)
+        self._recency.note(step)
+        stamp_LE = self._recency.stamp_LE
+        score_LE = stamp_LE * (self.EPSILON / (step.number + 1))
         if self._collection.size:
             best_TL = self._collection.match(step.ids_TLK)
-            score = score + self._collection.rows(best_TL, 0).sum(0)
+            for share_LE in self._collection.rows(best_TL, 0):
+                score_LE += share_LE
         for sequence, ids_LK in zip(step.sequence_T.tolist(), step.ids_TLK, strict=True):
             self._running.count(sequence, ids_LK)
         for sequence in step.ended:
             matrix = self._running.finish(sequence)
             assert matrix is not None
             self._collection.add(matrix)
-        return score
+        return score_LE
 
 
 class BeladyPolicy(Ranking):
