@@ -48,7 +48,7 @@ def main() -> int:
     """Measure suites, or parts of them, and write the file; or print one."""
     args = parse(sys.argv[1:])
     if args.render:
-        print(report.markdown(json.loads(args.render.read_text())))
+        print(report.markdown(_results(args.render)))
         return 0
     if args.plot:
         print(*plots.draw(json.loads(args.plot.read_text()), args.plot.parent), sep="\n")
@@ -202,6 +202,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if not (args.out or args.render or args.plot or args.list):
         parser.error("--out is needed to measure")
     return args
+
+
+def _results(file: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(file.read_text())
+    if not results.keys() >= {"machine", "rows", "targets"}:
+        sys.exit(f"{file}: it holds no results of this program's suites")
+    return results
 
 
 def _option(text: str) -> tuple[str, Any]:

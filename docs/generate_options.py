@@ -22,10 +22,10 @@ $ vllm serve MODEL --plugin moe-offload --moe-offload-cache-fraction 0.25
 
 in Python as `LLM(MODEL, plugin="moe-offload", moe_offload={"cache_fraction": 0.25})`, and wherever
 vLLM takes `additional_config`, as `{"moe_offload": {"cache_fraction": 0.25}}`. Any option turns the
-plugin on, and `--plugin moe-offload` alone does so with all defaults. Two values for one option are
-refused, and so is a name that does not exist, a value out of range, or options that contradict each
-other: before weights are loaded, with what to give instead
-([troubleshooting](troubleshooting.md)).
+plugin on, and `--plugin moe-offload` alone does so with all defaults. On the command line the last
+of two values for one option counts, as for vLLM's own; in Python two are refused. Refused as well
+is a name that does not exist, a value out of range, or options that contradict each other: before
+weights are loaded, with what to give instead ([troubleshooting](troubleshooting.md)).
 
 """
 

@@ -32,7 +32,7 @@ def main() -> None:
 def record(model: str, prompts: list[str], folder: Path) -> None:
     """Answer the prompts with recording on."""
     # Written every second: whatever ends the workers, little is lost.
-    options = {"cache_fraction": 0.25, "trace_path": str(folder), "trace_interval_s": 1}
+    options = {"trace_path": str(folder), "trace_interval_s": 1}
     llm = LLM(model, plugin="moe-offload", moe_offload=options, max_model_len=2048)
     llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0))
     # The recording is complete once the workers have ended.

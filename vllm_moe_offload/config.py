@@ -244,7 +244,9 @@ def _check_name(name: str, known: Mapping[str, Any]) -> None:
 
 
 def _problem(error: ValidationError, name: str) -> str:
-    texts = [e["msg"] for e in error.errors() if e["loc"][0] == name]
     # Of a union's complaints only the first, about the number, tells the user something.
-    text = texts[0].removeprefix("Value error, ")
+    first = next(e for e in error.errors() if e["loc"][0] == name)
+    if first["type"] == "string_pattern_mismatch":
+        return "it is not written as this option is"
+    text = first["msg"].removeprefix("Value error, ")
     return text[0].lower() + text[1:]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import report
+import run
 from requirements import FASTER, label, requirements, set_beside_bounds, verdicts
 from suites import engine
 
@@ -132,6 +133,14 @@ def test_a_failed_server_leaves_its_rows_unjudged():
             "confined", "share", "server", "shape", "configuration")} for row in rows]  # fmt: skip
     table = verdicts(set_beside_bounds(bare, RATE), CHUNK)
     assert {v["passed"] for v in table if "t_res" in v["target"]} == {None}
+
+
+def test_file_of_another_program_is_not_rendered(tmp_path, monkeypatch):
+    file = tmp_path / "peers.json"
+    file.write_text('{"machine": {}, "rows": []}')
+    monkeypatch.setattr("sys.argv", ["run.py", "--render", str(file)])
+    with pytest.raises(SystemExit, match="it holds no results of this program's suites"):
+        run.main()
 
 
 def test_results_render_as_markdown(tmp_path):

@@ -151,6 +151,11 @@ def test_bad_layers(value):
     check_refused("layers", value)
 
 
+def test_layers_that_are_no_numbers_are_explained_in_words():
+    with pytest.raises(OffloadError, match="layers = a: it is not written as this option is"):
+        MoeOffloadConfig.parse({"layers": "a"})
+
+
 @given(st.lists(ranges, min_size=1), st.sampled_from([",", ", ", " ,"]))
 def test_layers(chosen, comma):
     config = MoeOffloadConfig.parse(

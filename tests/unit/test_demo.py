@@ -166,7 +166,7 @@ def test_server_that_dies_is_reported_with_its_log(vllm, capsys):
     out = capsys.readouterr().out
     assert "ended with status 3" in out
     assert "no such model: some/model" in out
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_server_that_dies_while_answering_is_reported(vllm):
@@ -175,6 +175,13 @@ def test_server_that_dies_while_answering_is_reported(vllm):
         server.wait_until_healthy(lambda seconds, message: None)
         with pytest.raises(DemoError, match="did not answer"):
             server.ask(REQUESTS, with_stats=True)
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./model", "../model", "~/no such model"])
+def test_folder_that_is_not_there_starts_no_server(vllm, capsys, model):
+    assert demo.run(model) == 1
+    assert f"{model}: there is no such folder" in capsys.readouterr().out
+    assert not Path(".demo").exists()
 
 
 def test_missing_vllm_is_reported(vllm, capsys):
@@ -187,12 +194,12 @@ def test_progress_tells_the_last_message_of_the_log(vllm):
     script(
         vllm,
         "/bin/sh",
-        "echo '(Worker pid=1) INFO 11-23 18:03:38 [b.py:9] [x] loading'; echo noise; sleep 9",
+        "echo '(Worker pid=1) INFO 11-23 18:03:38 [b.py:9] [x] loading'; echo noise; sleep 99",
     )
     with Server(command("m", "auto", True), {}, Path("log")) as server:
 
         def stop_when_told(seconds: float, message: str) -> None:
-            assert seconds < 5
+            assert seconds < 60
             if message != "starting":
                 raise InterruptedError(message)
 
@@ -215,7 +222,7 @@ def test_no_process_is_left_when_the_demo_is_stopped(vllm, number):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"Interrupted" in out
     assert ends(child_of_server(log.name))

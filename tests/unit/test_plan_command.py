@@ -3,8 +3,11 @@
 import ast
 import importlib.util
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -128,6 +131,58 @@ def test_what_the_default_size_of_the_slots_does(capsys, moe):
     small = plan(capsys, moe, "--gpu-gb", "1.6", "--concurrency", "40")
     assert f"{with_auto}{size} in all, for which " in small
     assert " are lacking." in small
+
+
+def small_gpu(capsys, checkpoint: Path) -> tuple[str, str]:
+    """A GPU on which some of 16 experts have slots: staging takes those of 4, and 6 lack."""
+    gpu = plan_json(capsys, checkpoint)["gpu"]
+    usable = gpu["needed_bytes"] - gpu["slot_bytes"] * 6 // 16
+    return "--gpu-gb", str(usable / GPU_UTILISATION / GIB + 1e-9)
+
+
+def test_both_ways_to_serve(capsys, moe):
+    small = small_gpu(capsys, moe)
+    answer = plan_json(capsys, moe, *small)
+    assert answer["slots_per_layer"] == 6
+    assert "--moe-offload-gpu-gb" in answer["serve"]
+    assert "--plugin moe-offload --max-model-len" in answer["serve_borrowing"]
+    text = plan(capsys, moe, *small)
+    assert f"{answer['serve']}\nor let slots borrow whatever the KV cache leaves" in text
+    assert text.endswith(f":\n{answer['serve_borrowing']}\n")
+
+
+def test_one_way_to_serve_where_all_experts_have_a_slot(capsys, moe):
+    assert plan_json(capsys, moe)["serve_borrowing"] is None
+    assert plan(capsys, moe).count("vllm serve ") == 1
+
+
+def test_kv_cache_that_is_not_shared(capsys, tmp_path):
+    windows = make_checkpoint(tmp_path, "gpt_oss", num_experts=16)
+    capsys.readouterr()
+    small = small_gpu(capsys, windows)
+    answer = plan_json(capsys, windows, *small)
+    assert answer["slots_per_layer"] == 6
+    assert answer["serve_borrowing"] is None
+    text = plan(capsys, windows, *small)
+    assert "borrow" not in text
+    assert "The KV cache is not shared with experts, as not all layers have full attention." in text
+
+
+def test_reader_that_has_seen_enough(moe):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-P", "-m", "vllm_moe_offload.cli", "plan", str(moe), "--json"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_more_choices_than_experts(capsys, tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3_moe", num_experts=8)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 9}))
+    assert cli.main(["plan", str(folder)]) == 2
+    assert "9 experts a token: a layer has only 8" in capsys.readouterr().err
 
 
 def test_predictors_are_those_of_the_option():

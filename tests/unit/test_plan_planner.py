@@ -139,9 +139,44 @@ def test_automatic_size_is_what_the_plugin_takes(layers, experts, gpu):
     made = plan(model(layers=layers, experts=experts), gpu_bytes=gpu * GIB)
     demands = [LayerDemand(m.name, m.num_experts, row)
                for m, row in zip(made.offloaded, made.rows, strict=True)]  # fmt: skip
-    assert made.automatic == plan_budget(demands, MoeOffloadConfig.parse({"gpu_gb": "auto"}))
+    # The engine finds the dense weights on the GPU when it asks for the free memory.
+    spare = max(0, made.gpu_usable - made.resident_bytes) // 2
+    options = MoeOffloadConfig.parse({"gpu_gb": "auto"})
+    assert made.automatic == plan_budget(demands, options, spare_bytes=spare)
     others = made.gpu_needed - made.budget.device_bytes
     assert made.needed_with(made.automatic) == others + made.automatic.device_bytes
+
+
+def test_automatic_size_on_a_small_gpu():
+    assert plan(gpu_bytes=140 * GIB).automatic.slots == (32,) * 48
+    made = plan(gpu_bytes=16 * GIB)
+    assert 0 < made.automatic.slots[0] < 32
+    assert made.automatic.slot_bytes <= (made.gpu_usable - made.resident_bytes) / 2
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        (KvCache((LayerCache(8), LayerCache(8)), 0), None),
+        (KvCache((LayerCache(8), LayerCache(8, window=4)), 0), "full attention"),
+        (KvCache((LayerCache(8),), 1), "full attention"),
+        (KvCache((LayerCache(8), LayerCache(9)), 0), "differ in size"),
+        (KvCache((LayerCache(8, 4), LayerCache(8)), 0), "differ in size"),
+    ],
+)
+def test_models_whose_kv_cache_experts_can_borrow(cache, reason):
+    assert (cache.why_not_shared is None) == (reason is None)
+    assert (reason or "") in (cache.why_not_shared or "")
+    made = plan(replace(QWEN3, kv_cache=cache))
+    assert made.can_borrow == (reason is None)
+
+
+def test_command_that_borrows():
+    made = plan(predictor="markov")
+    ours, options = options_of(serve_command(made, borrowing=True))
+    assert ours == options_of(serve_command(made))[0]
+    assert options == MoeOffloadConfig(predictor="markov")
+    assert options.wants_to_borrow
 
 
 def test_all_in_slots():

@@ -189,6 +189,12 @@ def test_address_of_another_kind():
         metrics_url("ftp://host")
 
 
+@pytest.mark.parametrize("address", ["[::1", "", "http://", ":8000", "host:port", "host:99999"])
+def test_address_of_no_server(address):
+    with pytest.raises(OffloadError, match="it names no server"):
+        metrics_url(address)
+
+
 @pytest.fixture
 def serve():
     """A server that answers with the texts that it is given, the last for good."""

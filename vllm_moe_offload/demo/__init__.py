@@ -62,6 +62,8 @@ def _compare(console: Console, model: str | None, dtype: str | None, form: str |
     if form and (lack := _lacks(form, on_cpu)):
         console.print(lack)
         return 1
+    if model and model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise DemoError(f"{model}: there is no such folder. Give that of a checkpoint, or its name")
     dtype = dtype or ("float32" if form is None and (on_cpu or model is None) else "auto")
     FOLDER.mkdir(exist_ok=True)
     model = model or str(_small_checkpoint(console, form))

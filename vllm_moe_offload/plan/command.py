@@ -29,7 +29,8 @@ def add_plan_parser(commands: Any) -> None:
         commands: what ``add_subparsers`` returned.
     """
     summary = "Tell from a checkpoint's headers what fits on a machine, and how to serve it."
-    parser = commands.add_parser("plan", help=summary, description=summary)
+    status = "The exit status is 0 whether or not it fits; --json has fits."
+    parser = commands.add_parser("plan", help=summary, description=f"{summary} {status}")
     parser.add_argument(
         "model", metavar="MODEL", help="checkpoint folder, or a name in Hugging Face's local cache"
     )
@@ -137,7 +138,12 @@ def _measured(file: str) -> float:
     from vllm_moe_offload.errors import OffloadError
 
     try:
-        gpus = json.loads(Path(file).read_text())["gpus"]
+        text = Path(file).read_text()
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise OffloadError("--doctor", file, problem, "Give a file that can be read") from None
+    try:
+        gpus = json.loads(text)["gpus"]
         return float(min(gpu["copy_to_gpu_bytes_per_s"] for gpu in gpus))
     except (ValueError, TypeError, KeyError) as error:
         raise OffloadError(

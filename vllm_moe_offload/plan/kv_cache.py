@@ -39,6 +39,18 @@ class KvCache:
     layers: tuple[LayerCache, ...]
     state_layers: int
 
+    @property
+    def why_not_shared(self) -> str | None:
+        """What in the model keeps experts from borrowing this cache, None if nothing does.
+
+        The attention backend and other options may still, as vLLM tells when it serves.
+        """
+        if self.state_layers or any(layer.window for layer in self.layers):
+            return "not all layers have full attention"
+        if len({(layer.elements, layer.other_bytes) for layer in self.layers}) > 1:
+            return "the layers' caches differ in size"
+        return None
+
     def bytes_per_token(self, element_size: int) -> int:
         """Bytes of one token in all layers, while it is in every window."""
         return sum(layer.elements * element_size + layer.other_bytes for layer in self.layers)

@@ -79,15 +79,28 @@ def describe(checkpoint: Checkpoint) -> Model:
     )
     _check_experts(checkpoint, config, weights)
     names = checkpoint.config.get("architectures") or ["unknown architecture"]
+    top_k = config.require(*TOP_K) if weights.layers else 0
+    _check_choices(top_k, weights)
     return Model(
         architecture=str(names[0]),
         weights=weights,
-        top_k=config.require(*TOP_K) if weights.layers else 0,
+        top_k=top_k,
         kv_cache=kv_cache(config),
         max_positions=config.count("max_position_embeddings", "max_seq_len", "n_positions"),
         quantization=quantization,
         has_scaled_positions=config.has_scaled_positions,
     )
+
+
+def _check_choices(top_k: int, weights: Weights) -> None:
+    least = min((layer.num_experts for layer in weights.layers), default=top_k)
+    if top_k > least:
+        raise OffloadError(
+            "config.json",
+            f"{top_k} experts a token",
+            f"a layer has only {least}",
+            "Compare it with the checkpoint's own; vLLM cannot serve this one",
+        )
 
 
 def _stored_quantised(checkpoint: Checkpoint) -> str | None:

@@ -111,8 +111,15 @@ class Plan:
 
     @cached_property
     def automatic(self) -> Budget:
-        """What the plugin makes of ``gpu_gb=auto``, its default."""
-        return plan_budget(_demands(self.model, self.request), MoeOffloadConfig())
+        """What the plugin makes of ``gpu_gb=auto``, its default, without the KV cache's memory."""
+        spare = max(0, self.gpu_usable - self.resident_bytes) // 2
+        demands = _demands(self.model, self.request)
+        return plan_budget(demands, MoeOffloadConfig(), spare_bytes=spare)
+
+    @property
+    def can_borrow(self) -> bool:
+        """Whether ``gpu_gb=auto`` can take slots from the KV cache, as far as the model tells."""
+        return bool(self.offloaded) and self.model.kv_cache.why_not_shared is None
 
     @property
     def gpu_usable(self) -> int:
@@ -157,13 +164,20 @@ def make_plan(model: Model, request: Request) -> Plan:
     return Plan(model, request, plan_budget(demands, options), options)
 
 
-def serve_command(plan: Plan) -> str:
-    """Return the command line that serves the model as planned."""
+def serve_command(plan: Plan, *, borrowing: bool = False) -> str:
+    """Return the command line that serves the model as planned.
+
+    Args:
+        plan: what is served.
+        borrowing: leave the slots' size out, so that they borrow what the KV cache leaves.
+    """
     request = plan.request
     words = ["vllm", "serve", request.model]
     if plan.options is not None:
         words += ["--plugin", "moe-offload"]
-        for name, value in plan.options.model_dump(exclude_defaults=True).items():
+        left_out = {"gpu_gb", "cache_fraction"} if borrowing else set()
+        given = plan.options.model_dump(exclude_defaults=True, exclude=left_out)
+        for name, value in given.items():
             words += [f"--moe-offload-{name.replace('_', '-')}", str(value).removesuffix(".0")]
     words += ["--max-model-len", str(request.max_model_len)]
     words += ["--max-num-seqs", str(request.concurrency)]

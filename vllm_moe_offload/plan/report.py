@@ -47,12 +47,18 @@ def as_dict(plan: Plan, changes: Iterable[Change]) -> dict[str, Any]:
         "host": _host_memory(plan),
         "bounds": _bounds(plan) if plan.offloaded else {},
         "serve": serve_command(plan) if plan.fits else None,
+        "serve_borrowing": serve_command(plan, borrowing=True) if _may_borrow(plan) else None,
         "changes": [
             {"change": change.text, "serve": change.plan and serve_command(change.plan)}
             for change in changes
         ],
         "notes": notes(plan),
     }
+
+
+def _may_borrow(plan: Plan) -> bool:
+    """Whether there is a second way to serve: with slots in what the KV cache leaves."""
+    return plan.fits and plan.can_borrow and not plan.all_in_slots
 
 
 def _automatic(plan: Plan) -> dict[str, int]:
@@ -143,19 +149,29 @@ def _plan_notes(plan: Plan) -> Iterator[str]:
             f"The weights are quantised ({plan.model.quantization}) and stay as stored in pool "
             "and slots; vllm serve refuses the format if this version cannot offload it."
         )
-    automatic = _automatic(plan)
-    lacking = automatic["gpu_needed_bytes"] - plan.gpu_usable
-    yield "With gpu_gb=auto, the default, experts borrow what the KV cache leaves."
-    yield (
-        f"Where it cannot be shared, {automatic['slots_per_layer']} of {plan.model.num_experts} "
-        f"experts a layer have a slot, {format_size(automatic['slot_bytes'])} in all, "
-        + (f"for which {format_size(lacking)} are lacking." if lacking > 0 else "which fits.")
-    )
+    yield from _notes_on_automatic(plan)
     if plan.all_in_slots:
         yield (
             "All experts have a slot, so nothing crosses PCIe once they are in use: the plugin is "
             "not needed."
         )
+
+
+def _notes_on_automatic(plan: Plan) -> Iterator[str]:
+    automatic = _automatic(plan)
+    lacking = automatic["gpu_needed_bytes"] - plan.gpu_usable
+    fixed = (
+        f"{automatic['slots_per_layer']} of {plan.model.num_experts} experts a layer have a slot, "
+        f"{format_size(automatic['slot_bytes'])} in all, "
+        + (f"for which {format_size(lacking)} are lacking" if lacking > 0 else "which fits")
+    )
+    reason = plan.model.kv_cache.why_not_shared
+    if reason is None:
+        yield "With gpu_gb=auto, the default, experts borrow what the KV cache leaves."
+        yield f"Where it cannot be shared, {fixed}."
+    else:
+        yield f"The KV cache is not shared with experts, as {reason}."
+        yield f"With gpu_gb=auto, the default, {fixed}."
 
 
 def show(plan: Plan, changes: list[Change], console: Console) -> None:
@@ -169,6 +185,9 @@ def show(plan: Plan, changes: list[Change], console: Console) -> None:
     if plan.fits:
         console.print(Text(f"\n{_answer(plan)}", style="bold green"))
         console.print(Text(serve_command(plan)), soft_wrap=True)
+        if _may_borrow(plan):
+            console.print("or let slots borrow whatever the KV cache leaves, as is the default:")
+            console.print(Text(serve_command(plan, borrowing=True)), soft_wrap=True)
         return
     console.print(Text(f"\n{_shortage(plan)}", style="bold red"))
     console.print("It would fit with" if changes else "No smaller setting would make it fit.")

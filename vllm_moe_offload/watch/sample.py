@@ -5,9 +5,11 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Self
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -186,4 +188,14 @@ def metrics_url(address: str) -> str:
     if separator and scheme not in ("http", "https"):
         raise OffloadError("URL", address, f"{scheme} is not understood", "Give http://host:port")
     rest = rest.rstrip("/").removesuffix("/v1").removesuffix("/metrics")
-    return f"{scheme or 'http'}://{rest}/metrics"
+    url = f"{scheme or 'http'}://{rest}/metrics"
+    if not _names_a_server(url):
+        raise OffloadError("URL", address, "it names no server", "Give http://host:port")
+    return url
+
+
+def _names_a_server(url: str) -> bool:
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    return False
