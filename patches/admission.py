@@ -77,7 +77,7 @@ def check_features(vllm_config: Any) -> None:
 
 def _conflicts(vllm_config: Any) -> list[tuple[str, object, bool, str]]:
     parallel = vllm_config.parallel_config
-    data_parallel = parallel.data_parallel_size > 1 and parallel.enable_expert_parallel
+    dispatched = "with --enable-expert-parallel tokens are dispatched inside the expert kernels"
     uva, prefetch = vllm_config.offload_config.uva, vllm_config.offload_config.prefetch
     return [
         (
@@ -89,10 +89,21 @@ def _conflicts(vllm_config: Any) -> list[tuple[str, object, bool, str]]:
         (
             "--data-parallel-size",
             parallel.data_parallel_size,
-            data_parallel,
-            "with --enable-expert-parallel tokens are dispatched inside the expert kernels",
+            parallel.data_parallel_size > 1 and parallel.enable_expert_parallel,
+            dispatched,
         ),
-        ("--enable-dbo", True, parallel.enable_dbo, "two batches would share one layer's slots"),
+        (
+            "--prefill-context-parallel-size",
+            parallel.prefill_context_parallel_size,
+            parallel.prefill_context_parallel_size > 1 and parallel.enable_expert_parallel,
+            dispatched,
+        ),
+        (
+            "--enable-dbo" if parallel.enable_dbo else "--ubatch-size",
+            parallel.enable_dbo or parallel.ubatch_size,
+            parallel.use_ubatching,
+            "two batches would share one layer's slots",
+        ),
         (
             "--enable-lora",
             True,
@@ -119,7 +130,17 @@ def _conflicts(vllm_config: Any) -> list[tuple[str, object, bool, str]]:
             "it would offload the experts a second time; --offload-params can keep it to other "
             "weights",
         ),
+        (
+            "--load-format",
+            vllm_config.load_config.load_format,
+            vllm_config.load_config.load_format in _SHARDED,
+            "it holds experts as stock vLLM keeps them; auto loads the original checkpoint",
+        ),
     ]
+
+
+_SHARDED = ("sharded_state", "runai_streamer_sharded")
+"""Formats of ``save_sharded_state``: the parameters of a worker as they were in its memory."""
 
 
 _AROUND_EXPERTS = {
@@ -191,8 +212,10 @@ def check_checkpoint(vllm_config: Any) -> None:
     if vllm_config.load_config.load_format == "dummy" or not folder.is_dir():
         return
     names = tensor_names(folder)
-    missing = missing_expert_tensors(names, vllm_config.model_config.get_num_experts())
-    if missing:
+    # Layers of their own have experts of their own number, of which vLLM tells the largest.
+    is_uniform = not getattr(vllm_config.model_config.hf_text_config, "block_configs", None)
+    num_experts = vllm_config.model_config.get_num_experts()
+    if is_uniform and (missing := missing_expert_tensors(names, num_experts)):
         raise OffloadError(
             "checkpoint",
             folder,

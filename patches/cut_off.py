@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from vllm_moe_offload.config import KEY
+from vllm_moe_offload.patches.engine_process import offloads
 from vllm_moe_offload.patches.wrapping import wrap
 
 
@@ -26,7 +26,7 @@ def _shutdown(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
     # It is also called on an object whose construction has failed.
     reader = getattr(self, "output_handler", None)
     result = original(self, *args, **kwargs)
-    if reader is None or KEY not in self.vllm_config.additional_config:
+    if reader is None or not offloads(self.vllm_config.additional_config):
         return result
     from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -20,6 +20,7 @@ from weakref import WeakSet
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from vllm_moe_offload.metrics import page
 from vllm_moe_offload.metrics.families import OffloadCollector
 from vllm_moe_offload.patches.wrapping import wrap
 
@@ -46,7 +47,7 @@ def _attach_router(
     if registry not in _collecting:
         _collecting.add(registry)
         registry.register(OffloadCollector())
-    if _SHARED in os.environ:
+    if _SHARED in os.environ and page.FOLDER in os.environ:
 
         def metrics(_request: Any) -> Response:
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

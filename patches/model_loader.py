@@ -22,6 +22,7 @@ from vllm_moe_offload.config import KEY, MoeOffloadConfig
 from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.engine_report import describe
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.patches.engine_process import offloads
 from vllm_moe_offload.patches.graph_ends import spans_layers
 from vllm_moe_offload.patches.kv_layout import why_not_shared
 from vllm_moe_offload.patches.recording import tokens_to_log
@@ -41,18 +42,17 @@ def apply(module: ModuleType) -> None:
 def _load_model(
     original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
 ) -> Any:
-    options = vllm_config.additional_config.get(KEY)
-    if options is None:
+    if not offloads(vllm_config.additional_config):
         return original(self, vllm_config, model_config, prefix)
     # Its imports may be incomplete when we are applied.
     from vllm_moe_offload.layer import building
 
     device = vllm_config.load_config.device or vllm_config.device_config.device
-    config = MoeOffloadConfig.parse(options)
+    config = MoeOffloadConfig.parse(vllm_config.additional_config[KEY])
     engine = OffloadEngine(
         config,
         torch.device(device),
-        workers_on_host=vllm_config.parallel_config.local_world_size,
+        workers_on_host=_workers_on_host(vllm_config.parallel_config),
         spans_layers=spans_layers,
         say=partial(logger.info, "moe-offload: %s"),
         log_tokens=tokens_to_log(vllm_config, model_config, config),
@@ -65,14 +65,22 @@ def _load_model(
     return model
 
 
+def _workers_on_host(parallel_config: Any) -> int:
+    """Workers that take host memory at the same time: of all local engines of data parallelism."""
+    engines = max(1, parallel_config.data_parallel_size_local)
+    return int(engines * parallel_config.local_world_size)
+
+
 def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) -> None:
     """Let the slots be borrowed from the KV cache if nobody said otherwise and it can be shared."""
+    engine.device_free = _usable_bytes(vllm_config.cache_config, engine.device)
+    others = (other.budget for other in engines_of_loading_worker())
+    engine.taken_bytes = sum(budget.slot_bytes for budget in others if budget is not None)
     if not engine.config.wants_to_borrow:
         return
     engine.not_shared = why_not_shared(vllm_config) if is_served else "it is that of a draft model"
     engine.borrows = engine.not_shared is None
     if not engine.borrows:
-        engine.spare_bytes = _spare_bytes(vllm_config.cache_config, engine.device)
         logger.info(
             "moe-offload: the KV cache is not shared with experts, because %s. The split is made "
             "now: a quarter of the experts is held in slots, or as many as half of the memory that "
@@ -81,17 +89,18 @@ def _choose_memory(engine: OffloadEngine, vllm_config: Any, *, is_served: bool) 
         )
 
 
-def _spare_bytes(cache_config: Any, device: torch.device) -> int | None:
-    """Half of what vLLM may still take of a GPU; the rest is for the KV cache and for steps.
+def _usable_bytes(cache_config: Any, device: torch.device) -> int | None:
+    """What vLLM may still take of a GPU; the dense weights have their memory by now.
 
-    The dense weights have their memory by now.
+    Its share is that of this process: others may use the same GPU.
     """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    asked = cache_config.kv_cache_memory_bytes
-    kept = asked if asked else int((1 - cache_config.gpu_memory_utilization) * total)
-    return max(0, free - kept) // 2
+    if cache_config.kv_cache_memory_bytes:
+        return max(0, int(free - cache_config.kv_cache_memory_bytes))
+    share = int(cache_config.gpu_memory_utilization * total)
+    return max(0, min(free, share - torch.cuda.memory_reserved(device)))
 
 
 def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
@@ -106,6 +115,19 @@ def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
     return sum(sizes.values())
 
 
+def _is_stage_of_others(vllm_config: Any, config: MoeOffloadConfig) -> bool:
+    """Whether other pipeline stages have the layers that are offloaded.
+
+    The first stages of a model may be dense, and ``layers`` may leave any of them out.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    if parallel.pipeline_parallel_size == 1:
+        return False
+    start, end = model.get_layers_start_end_indices(parallel)
+    is_last = end == model.get_total_num_hidden_layers()
+    return not is_last or not any(map(config.includes, range(start, end)))
+
+
 def _create_model(
     original: Callable[..., Any], self: Any, vllm_config: Any, model_config: Any, prefix: str = ""
 ) -> Any:
@@ -116,7 +138,11 @@ def _create_model(
     if engine is None:
         return model
     if not engine.specs and model_config is not vllm_config.model_config:
-        return model  # a draft model for speculative decoding may be dense
+        logger.info("moe-offload: no layer of the draft model has experts in the host pool.")
+        return model
+    if not engine.specs and _is_stage_of_others(vllm_config, engine.config):
+        logger.info("moe-offload: no layer of this pipeline stage has experts in the host pool.")
+        return model
     if not engine.specs:
         raise OffloadError(
             "layers",

@@ -47,9 +47,11 @@ def apply(module: ModuleType) -> None:
     wrap(worker, "execute_model", _execute_model)
     wrap(worker, "sample_tokens", _sample_tokens)
     wrap(worker, "sleep", _sleep)
+    wrap(worker, "wake_up", _wake_up)
     wrap(worker, "discard", _discard)
     wrap(worker, "reload_weights", _refuse_weights)
     wrap(worker, "start_weight_update", _refuse_weights)
+    wrap(worker, "save_sharded_state", _refuse_saving)
     wrap(worker, "shutdown", _shutdown)
     worker.moe_offload_stats = _stats
     worker.moe_offload_share = _share
@@ -67,6 +69,7 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     self.moe_offload_lookahead = Lookahead(self.vllm_config)
     self.moe_offload_reporter = None
     self.moe_offload_borrowing = None
+    self.moe_offload_asleep = None
     token = _loading.set(self.moe_offload_engines)
     try:
         result = original(self, *args, **kwargs)
@@ -174,6 +177,8 @@ def _stats(self: Any) -> dict[str, Any] | None:
     engines = _engines(self)
     if not engines:
         return None
+    if (kept := _asleep(self)) is not None:
+        return kept
     counts = [engine.layer_counts() for engine in engines]
     totals = (engine.total(layers) for engine, layers in zip(engines, counts, strict=True))
     return {
@@ -201,6 +206,8 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
             "it discards weights, and offloaded experts cannot be loaded again",
             "Use level 1, or restart the server",
         )
+    if _engines(self):
+        self.moe_offload_asleep = _stats(self)  # no step will change them
     if reporter := _reporter_of(self):
         reporter.pause()
     if recording := _recording(self):
@@ -208,6 +215,13 @@ def _sleep(original: Callable[..., Any], self: Any, level: int = 1) -> Any:
     if borrowing := _borrowing(self):
         borrowing.empty()
     return original(self, level)
+
+
+def _wake_up(original: Callable[..., Any], self: Any, tags: list[str] | None = None) -> Any:
+    result = original(self, tags)
+    if _engines(self) and (tags is None or "weights" in tags):
+        self.moe_offload_asleep = None
+    return result
 
 
 def _discard(original: Callable[..., Any], self: Any, tags: tuple[str, ...]) -> Any:
@@ -224,6 +238,17 @@ def _refuse_weights(original: Callable[..., Any], self: Any, *args: Any, **kwarg
             "reload",
             "offloaded experts cannot be replaced while the server runs",
             "Restart the server with the new checkpoint, or drop --plugin moe-offload",
+        )
+    return original(self, *args, **kwargs)
+
+
+def _refuse_saving(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _engines(self):
+        raise OffloadError(
+            "weights",
+            "save_sharded_state",
+            "offloaded experts lie in rows of the host pool, which no other server could load",
+            "Save them from a server without --plugin moe-offload",
         )
     return original(self, *args, **kwargs)
 
@@ -249,6 +274,11 @@ def _engines(worker: Any) -> list[OffloadEngine]:
 
 def _reporter_of(worker: Any) -> Reporter | None:
     return getattr(worker, "moe_offload_reporter", None)
+
+
+def _asleep(worker: Any) -> dict[str, Any] | None:
+    """What was counted when the worker fell asleep: what counts is unmapped until it wakes up."""
+    return getattr(worker, "moe_offload_asleep", None)
 
 
 def _borrowing(worker: Any) -> Borrowing | None:

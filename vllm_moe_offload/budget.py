@@ -58,7 +58,8 @@ def plan_budget(
     config: MoeOffloadConfig,
     *,
     borrows: bool = False,
-    spare_bytes: int | None = None,
+    device_free: int | None = None,
+    taken_bytes: int = 0,
 ) -> Budget:
     """Split the memory that the options give among the layers.
 
@@ -66,12 +67,16 @@ def plan_budget(
         layers: all of them.
         config: the options.
         borrows: whether slots are borrowed from the KV cache later, and none is allocated.
-        spare_bytes: what the device has for slots where no option gives their size, if known.
+        device_free: bytes that may be taken of the device, if known. Where no option gives the
+            slots' size they get half of it at most; the rest is for the KV cache and for steps.
+        taken_bytes: slots that another model, which this one drafts for, holds of ``gpu_gb``.
 
     Raises:
         OffloadError: staging is too small for two experts.
     """
-    most = None if borrows or not layers else _most_slots(layers, config, spare_bytes)
+    most = None
+    if layers and not borrows:
+        most = _most_slots(layers, config, device_free, taken_bytes)
     slots = tuple(0 if borrows else _num_slots(layer, most, config) for layer in layers)
     streaming = [
         layer for layer, count in zip(layers, slots, strict=True) if count < layer.num_experts
@@ -114,7 +119,7 @@ def check_budget(
             f"slots ({format_size(budget.slot_bytes)}) and staging "
             f"({format_size(budget.staging_bytes)}) need {format_size(budget.device_bytes)}, but "
             f"{device_name} has {format_size(device_free)} free",
-            "Lower gpu_gb, cache_fraction or staging_mb",
+            "Lower gpu_gb, cache_fraction or staging_mb, or let vLLM take more of the GPU",
         )
     needed = budget.pool_bytes + (budget.device_bytes if device_is_host else 0)
     if needed > host.available:
@@ -129,12 +134,17 @@ def check_budget(
 
 
 def _most_slots(
-    layers: Sequence[LayerDemand], config: MoeOffloadConfig, spare_bytes: int | None
+    layers: Sequence[LayerDemand],
+    config: MoeOffloadConfig,
+    device_free: int | None,
+    taken_bytes: int,
 ) -> int | None:
     """Slots of a layer that there is memory for, None where a share of the experts decides."""
-    num_bytes = spare_bytes if config.cache_fraction is None else None
+    num_bytes = None
     if config.gpu_gb != "auto":
-        num_bytes = int(config.gpu_gb * GIB)
+        num_bytes = max(0, int(config.gpu_gb * GIB) - taken_bytes)
+    elif config.cache_fraction is None and device_free is not None:
+        num_bytes = device_free // 2
     return None if num_bytes is None else num_bytes // sum(layer.row_bytes for layer in layers)
 
 

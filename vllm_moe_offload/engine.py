@@ -96,7 +96,8 @@ class OffloadEngine:
         """Whether the slots are borrowed from the KV cache's buffer; set before ``plan``."""
         self.not_shared: str | None = None
         """Why they are not, if they were to be."""
-        self.spare_bytes: int | None = None  # of the device for them then; set before ``plan``
+        self.device_free: int | None = None  # bytes to be taken at most; set before ``plan``
+        self.taken_bytes = 0  # of ``gpu_gb``, by the model that this one drafts for
         self.dense_bytes = 0  # of weights outside the pool, for the log
         self.borrower: Borrower | None = None
         self._score_LE: Sequence[NDArray[np.floating]] | None = None
@@ -128,10 +129,14 @@ class OffloadEngine:
         check_foresight(self.config, self.specs, self.routers)
         demands = [LayerDemand(s.name, s.num_experts, s.layout.row_bytes) for s in self.specs]
         budget = plan_budget(
-            demands, self.config, borrows=self.borrows, spare_bytes=self.spare_bytes
+            demands,
+            self.config,
+            borrows=self.borrows,
+            device_free=self.device_free,
+            taken_bytes=self.taken_bytes,
         )
         host = available_host_memory().shared_by(self._workers_on_host)
-        self._check(budget, self.config, host, self.device)
+        self._check(budget, self.config, host, self.device, self.device_free)
         rows = [segment.rows_EB for segment in self.pool.segments]
         populate(rows, processors_near(device_address(self.device)))
         self.arena = SlotArena([s.layout for s in self.specs], budget.slots, self.device)

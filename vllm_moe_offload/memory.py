@@ -1,6 +1,6 @@
 """How much host memory this process may still take, by the machine and by its container."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +59,20 @@ def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            yield from _walk(mount, group, "memory.max", "memory.current", "inactive_file")
+            yield from _walk(mount, group, "memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             yield from _walk(
                 mount / "memory",
                 group,
                 "memory.limit_in_bytes",
                 "memory.usage_in_bytes",
-                "total_inactive_file",
+                "total_",
             )
 
 
-def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[tuple[int, int]]:
+def _walk(
+    mount: Path, group: str, limit: str, usage: str, prefix: str
+) -> Iterator[tuple[int, int]]:
     """Limits of a group and of every group above it.
 
     Inside a container the group's own path often does not exist under the mount, while the
@@ -82,7 +84,9 @@ def _walk(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterat
         maximum = _number(folder / limit)
         if maximum is None or maximum >= _CGROUP_V1_UNLIMITED:
             continue
-        used = (_number(folder / usage) or 0) - _statistic(folder / "memory.stat", cache)
+        # Pages that were read twice count as active, and are given up for others all the same.
+        cached = (f"{prefix}active_file", f"{prefix}inactive_file")
+        used = (_number(folder / usage) or 0) - _statistics(folder / "memory.stat", cached)
         yield maximum, used
 
 
@@ -98,6 +102,6 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _statistic(path: Path, name: str) -> int:
+def _statistics(path: Path, names: Sequence[str]) -> int:
     values = dict(line.split(maxsplit=1) for line in _lines(path) if " " in line)
-    return int(values.get(name, 0))
+    return sum(int(values.get(name, 0)) for name in names)

@@ -75,6 +75,30 @@ def test_data_parallel_with_expert_parallel(refusal):
     assert DROP in message
 
 
+def test_context_parallel_with_expert_parallel(configure):
+    config = copy.deepcopy(configure())
+    config.parallel_config.prefill_context_parallel_size = 2
+    admission.check_features(config)
+    config.parallel_config.enable_expert_parallel = True
+    with pytest.raises(OffloadError, match="--prefill-context-parallel-size = 2: ") as error:
+        admission.check_features(config)
+    assert "--enable-expert-parallel" in str(error.value)
+
+
+def test_micro_batches(configure):
+    config = copy.deepcopy(configure())
+    config.parallel_config.ubatch_size = 2
+    with pytest.raises(OffloadError, match="--ubatch-size = 2: "):
+        admission.check_features(config)
+
+
+@pytest.mark.parametrize("form", ["sharded_state", "runai_streamer_sharded"])
+def test_weights_as_they_were_in_a_worker(refusal, form):
+    message = refusal(load_format=form)
+    assert f"--load-format = {form}: " in message
+    assert "auto loads the original checkpoint" in message
+
+
 @pytest.mark.parametrize("sizes", [{"data_parallel_size": 2}, {"enable_expert_parallel": True}])
 def test_either_kind_of_parallelism_alone(configure, sizes):
     assert "moe_offload" in configure(**sizes).additional_config

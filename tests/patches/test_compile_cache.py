@@ -24,6 +24,16 @@ def test_options_do_not_change_the_key(hash_of):
     assert few == many
 
 
+def test_layers_change_the_key(hash_of):
+    """What is left to vLLM may be padded, and what is offloaded is not."""
+    some, others, every, default = (
+        hash_of(plugin="moe-offload", moe_offload=options)
+        for options in ({"layers": "0"}, {"layers": "1"}, {"layers": "all"}, {})
+    )
+    assert len({some, others, every}) == 3
+    assert every == default
+
+
 def test_the_plugin_changes_the_key(hash_of):
     assert hash_of() != hash_of(plugin="moe-offload")
 

@@ -52,3 +52,14 @@ def test_nothing_is_exposed_without_offloading(monkeypatch, folder):
     assert "moe_offload" not in scrape()
     monkeypatch.delenv(page.FOLDER)
     assert "moe_offload" not in scrape()
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_route_of_several_servers_is_replaced_only_with_offloading(monkeypatch, folder, offloads):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    if not offloads:
+        monkeypatch.delenv(page.FOLDER)
+    app = FastAPI()
+    vllm_metrics.attach_router(app)
+    first = next(route for route in app.routes if getattr(route, "path", "") == "/metrics")
+    assert (first.endpoint.__module__ == "vllm_moe_offload.patches.metrics") == offloads

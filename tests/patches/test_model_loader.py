@@ -61,7 +61,9 @@ def load(loader, options: dict | None, *, draft: bool = False):
         additional_config={} if options is None else {KEY: options},
         load_config=SimpleNamespace(device=None, load_format="auto"),
         device_config=SimpleNamespace(device="cpu"),
-        parallel_config=SimpleNamespace(local_world_size=1),
+        parallel_config=SimpleNamespace(
+            local_world_size=1, data_parallel_size_local=1, pipeline_parallel_size=1
+        ),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=None, gpu_memory_utilization=0.9),
     )
     return loader.load_model(config, model_config)
@@ -168,19 +170,64 @@ def test_dense_weights_are_those_outside_the_pool_and_counted_once():
 
 
 @pytest.mark.parametrize(
-    ("kv_bytes", "share", "spare"),
-    [(None, 0.9, 3500), (None, 0.5, 1500), (None, 0.1, 0), (6000, 0.9, 1000), (9000, 0.9, 0)],
-)
-def test_a_split_at_the_start_leaves_half_of_a_gpu_to_the_rest(monkeypatch, kv_bytes, share, spare):
-    """Slots for a quarter of the experts of a large model would leave no memory to start with."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8000, 10_000))
+    ("kv_bytes", "share", "usable"),
+    [(None, 0.9, 7000), (None, 0.8, 6500), (None, 0.5, 3500), (None, 0.1, 0),
+     (6000, 0.9, 1000), (9000, 0.9, 0)],
+)  # fmt: skip
+def test_what_vllm_may_still_take_of_a_gpu(monkeypatch, kv_bytes, share, usable):
+    """Of 10,000 bytes this process has 1500 for its dense weights, and another one as many."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1500)
     cache = SimpleNamespace(kv_cache_memory_bytes=kv_bytes, gpu_memory_utilization=share)
-    assert model_loader._spare_bytes(cache, torch.device("cuda")) == spare
-    assert model_loader._spare_bytes(cache, torch.device("cpu")) is None
+    assert model_loader._usable_bytes(cache, torch.device("cuda")) == usable
+    assert model_loader._usable_bytes(cache, torch.device("cpu")) is None
 
 
 def test_it_reaches_the_plan(monkeypatch):
-    monkeypatch.setattr(model_loader, "_spare_bytes", lambda *_: 0)
+    monkeypatch.setattr(model_loader, "_usable_bytes", lambda *_: 0)
     loader = make_loader()
     load(loader, {})
     assert loader.engine.budget.slots == (0, 0)
+
+
+def test_it_is_what_the_plan_is_checked_by(monkeypatch):
+    """Not what is free at the moment, which the KV cache is going to take."""
+    checked = []
+    monkeypatch.setattr(engine_module.OffloadEngine, "_check", lambda *args: checked.append(args))
+    monkeypatch.setattr(model_loader, "_usable_bytes", lambda *_: 123)
+    load(make_loader(), {"cache_fraction": 0.5})
+    assert checked[0][-1] == 123
+
+
+def test_a_draft_model_gets_the_rest_of_the_slots(monkeypatch):
+    loader, others = make_loader(), []
+    monkeypatch.setattr(model_loader, "engines_of_loading_worker", lambda: others)
+    options = {"gpu_gb": 5 * 2 * 2 * MIB / (1 << 30)}
+    load(loader, options)
+    assert [engine.budget.slots for engine in others] == [(4, 4)]
+    load(loader, options, draft=True)
+    assert [engine.budget.slots for engine in others] == [(4, 4), (1, 1)]
+
+
+@pytest.mark.parametrize("engines", [0, 1, 2])
+def test_all_workers_of_the_host_share_its_memory(engines):
+    parallel = SimpleNamespace(local_world_size=4, data_parallel_size_local=engines)
+    assert model_loader._workers_on_host(parallel) == 4 * max(1, engines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "layers", "left_alone"),
+    [((0, 2), "2-3", True), ((2, 4), "0-1", True), ((0, 2), "all", True), ((2, 4), "all", False)],
+)
+def test_stage_without_a_layer_to_offload(stage, layers, left_alone):
+    """The first ones may be dense; where the last one is, there is no fused-MoE layer at all."""
+    model = SimpleNamespace(
+        architectures=["Qwen3MoeForCausalLM"],
+        get_layers_start_end_indices=lambda _: stage,
+        get_total_num_hidden_layers=lambda: 4,
+    )
+    config = SimpleNamespace(
+        model_config=model, parallel_config=SimpleNamespace(pipeline_parallel_size=2)
+    )
+    options = model_loader.MoeOffloadConfig.parse({"layers": layers})
+    assert model_loader._is_stage_of_others(config, options) == left_alone

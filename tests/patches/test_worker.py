@@ -105,6 +105,12 @@ def make_class() -> type:
         def sleep(self, level=1):
             self.calls.append(("sleep", level))
 
+        def wake_up(self, tags=None):
+            self.calls.append(("wake_up", tags))
+
+        def save_sharded_state(self, path):
+            self.calls.append(("save_sharded_state", path))
+
         def discard(self, tags):
             self.calls.append(("discard", tags))
 
@@ -172,12 +178,21 @@ def test_new_weights(name):
     assert made.calls == []
 
 
+def test_weights_are_not_saved_as_they_lie_in_the_pool():
+    made = loaded(FakeEngine())
+    with pytest.raises(OffloadError, match="Save them from a server without"):
+        made.save_sharded_state("folder")
+    assert made.calls == []
+
+
 @pytest.mark.parametrize("was_loaded", [True, False])
 def test_untouched_without_an_engine(was_loaded):
     made = loaded() if was_loaded else make_class()()
     made.sleep(2)
     made.reload_weights(1, b=2)
     made.start_weight_update()
+    made.wake_up(["weights"])
+    made.save_sharded_state("folder")
     assert made.execute_model("step") == "step"
     assert made.compile_or_warm_up_model() == 1.5
     made.shutdown()
@@ -185,6 +200,8 @@ def test_untouched_without_an_engine(was_loaded):
         ("sleep", 2),
         ("reload_weights", (1,), {"b": 2}),
         "start_weight_update",
+        ("wake_up", ["weights"]),
+        ("save_sharded_state", "folder"),
         "execute_model",
         "compile_or_warm_up_model",
         "shutdown",
@@ -281,6 +298,24 @@ def test_sleeping_worker_is_not_read(monkeypatch):
     monkeypatch.setattr(engine, "snapshot", lambda: pytest.fail("read while asleep"))
     made.moe_offload_reporter.tick(0.0)
     made.shutdown()
+
+
+@pytest.mark.parametrize("tags", [None, ["weights"], ["kv_cache", "weights"]])
+def test_statistics_of_a_sleeping_worker_are_those_before(monkeypatch, tags):
+    engine = FakeEngine()
+    made = loaded(engine)
+    before = made.moe_offload_stats()
+    made.sleep(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "layer_counts", lambda: pytest.fail("read while asleep"))
+        assert made.moe_offload_stats() == before
+        made.wake_up(["kv_cache"])
+        assert made.moe_offload_stats() == before
+        made.sleep(1)
+    made.wake_up(tags)
+    monkeypatch.setattr(engine, "layer_counts", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.moe_offload_stats()
 
 
 class FakeRecording:

@@ -18,7 +18,7 @@ def llm_kwargs(family: str) -> dict[str, Any]:
     return kwargs
 
 
-def env(family: str, tensor_parallel_size: int = 1) -> dict[str, str]:
+def env(family: str, workers: int = 1) -> dict[str, str]:
     """Return the environment to set before vLLM is imported."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: starts in 7 s instead of 18 s
@@ -26,7 +26,7 @@ def env(family: str, tensor_parallel_size: int = 1) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # `kernels/` here hides a package that transformers imports
         "HF_HUB_OFFLINE": "1",  # the checkpoints are local
     }
-    if tensor_parallel_size > 1:
+    if workers > 1:
         # The default binding leaves a core free, which two workers on two cores cannot do.
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tensor_parallel_size)))
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
     return variables

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -115,16 +116,20 @@ def generate_in_subprocess(
     """Like ``engine`` and ``generate``, for settings that belong to a whole process."""
     job = {"path": str(path), "family": family, "prompts": list(prompts)}
     job |= {"max_tokens": max_tokens, "kwargs": kwargs}
-    variables = env(family, kwargs.get("tensor_parallel_size", 1)) | (environment or {})
-    result = subprocess.run(
-        [sys.executable, "-P", __file__],
-        input=json.dumps(job),
-        env={**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    workers = kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1)
+    variables = env(family, workers) | (environment or {})
+    variables["PYTHONPATH"] = str(Path(__file__).parent)
+    # The workers of vLLM leave their sockets behind.
+    with TemporaryDirectory() as scratch:
+        result = subprocess.run(
+            [sys.executable, "-P", __file__],
+            input=json.dumps(job),
+            env={**os.environ, **variables, "TMPDIR": scratch},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     line = result.stdout.rsplit("RESULT ", 1)[1].splitlines()[0]
     return [Generation(g["token_ids"], g["logprobs"], []) for g in json.loads(line)]

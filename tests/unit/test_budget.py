@@ -83,11 +83,19 @@ def test_automatic_size_is_a_quarter():
 @pytest.mark.parametrize(("increments", "slots"), [(0, 0), (20, 20), (31, 31), (32, 32), (99, 32)])
 def test_automatic_size_is_less_where_the_device_has_less(increments, slots):
     pair = layers((128, PAGE), (128, 3 * PAGE))
-    spare = increments * 4 * PAGE + PAGE
-    assert plan_budget(pair, config(), spare_bytes=spare).slots == (slots, slots)
+    free = 2 * (increments * 4 * PAGE + PAGE)
+    assert plan_budget(pair, config(), device_free=free).slots == (slots, slots)
     # Whoever says how many they are to be is refused if they do not fit.
-    assert plan_budget(pair, config(cache_fraction=0.5), spare_bytes=spare).slots == (64, 64)
-    assert plan_budget(pair, config(), borrows=True, spare_bytes=spare).slots == (0, 0)
+    assert plan_budget(pair, config(cache_fraction=0.5), device_free=free).slots == (64, 64)
+    assert plan_budget(pair, config(), borrows=True, device_free=free).slots == (0, 0)
+
+
+@pytest.mark.parametrize(("taken", "slots"), [(0, 10), (3, 7), (10, 0), (11, 0)])
+def test_a_draft_model_gets_what_its_target_has_left(taken, slots):
+    options = config(gpu_gb=10 * PAGE / GIB)
+    one = layers((128, PAGE))
+    assert plan_budget(one, options, taken_bytes=taken * PAGE).slots == (slots,)
+    assert plan_budget(one, config(cache_fraction=0.5), taken_bytes=taken * PAGE).slots == (64,)
 
 
 @given(demands, st.sampled_from([0, 0.25, 0.5, 1]), st.integers(0, 40))

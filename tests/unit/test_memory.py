@@ -17,21 +17,27 @@ def tree(root: Path, files: dict[str, object]) -> Path:
     return root
 
 
-def v2(group: str, maximum: object, used_mib: int = 0, cache_mib: int = 0) -> dict[str, object]:
+def v2(
+    group: str, maximum: object, used_mib: int = 0, cache_mib: int = 0, active_mib: int = 0
+) -> dict[str, object]:
     folder = f"sys/fs/cgroup{group}"
     return {
         f"{folder}/memory.max": maximum if maximum == "max" else maximum * MIB,
         f"{folder}/memory.current": used_mib * MIB,
-        f"{folder}/memory.stat": f"anon 5\ninactive_file {cache_mib * MIB}\nactive_file 7",
+        f"{folder}/memory.stat": f"anon 5\ninactive_file {cache_mib * MIB}\n"
+        f"active_file {active_mib * MIB}",
     }
 
 
-def v1(group: str, maximum_mib: float, used_mib: int = 0, cache_mib: int = 0) -> dict[str, object]:
+def v1(
+    group: str, maximum_mib: float, used_mib: int = 0, cache_mib: int = 0, active_mib: int = 0
+) -> dict[str, object]:
     folder = f"sys/fs/cgroup/memory{group}"
     return {
         f"{folder}/memory.limit_in_bytes": int(maximum_mib * MIB),
         f"{folder}/memory.usage_in_bytes": used_mib * MIB,
-        f"{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {cache_mib * MIB}",
+        f"{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {cache_mib * MIB}\n"
+        f"active_file 1\ntotal_active_file {active_mib * MIB}",
     }
 
 
@@ -113,6 +119,13 @@ def test_only_max(tmp_path):
 def test_page_cache_counts_as_available(tmp_path, version, line):
     files = {"proc/self/cgroup": line, **version("/a", 500, used_mib=450, cache_mib=300)}
     assert available_mib(tree(tmp_path, files)) == 350
+
+
+@pytest.mark.parametrize(("version", "line"), [(v1, "9:memory:/a"), (v2, "0::/a")])
+def test_files_that_were_read_twice_count_as_available(tmp_path, version, line):
+    """As those of a checkpoint after some starts."""
+    group = version("/a", 500, used_mib=450, cache_mib=100, active_mib=250)
+    assert available_mib(tree(tmp_path, {"proc/self/cgroup": line, **group})) == 400
 
 
 def test_over_the_limit(tmp_path):

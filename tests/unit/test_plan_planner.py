@@ -140,9 +140,9 @@ def test_automatic_size_is_what_the_plugin_takes(layers, experts, gpu):
     demands = [LayerDemand(m.name, m.num_experts, row)
                for m, row in zip(made.offloaded, made.rows, strict=True)]  # fmt: skip
     # The engine finds the dense weights on the GPU when it asks for the free memory.
-    spare = max(0, made.gpu_usable - made.resident_bytes) // 2
+    free = max(0, made.gpu_usable - made.resident_bytes)
     options = MoeOffloadConfig.parse({"gpu_gb": "auto"})
-    assert made.automatic == plan_budget(demands, options, spare_bytes=spare)
+    assert made.automatic == plan_budget(demands, options, device_free=free)
     others = made.gpu_needed - made.budget.device_bytes
     assert made.needed_with(made.automatic) == others + made.automatic.device_bytes
 

@@ -112,9 +112,9 @@ class Plan:
     @cached_property
     def automatic(self) -> Budget:
         """What the plugin makes of ``gpu_gb=auto``, its default, without the KV cache's memory."""
-        spare = max(0, self.gpu_usable - self.resident_bytes) // 2
+        free = max(0, self.gpu_usable - self.resident_bytes)
         demands = _demands(self.model, self.request)
-        return plan_budget(demands, MoeOffloadConfig(), spare_bytes=spare)
+        return plan_budget(demands, MoeOffloadConfig(), device_free=free)
 
     @property
     def can_borrow(self) -> bool:
