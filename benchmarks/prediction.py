@@ -6,13 +6,16 @@ With ``--learned OTHER.npz`` predictors know another trace of the model from bef
 
 Every token that the model runs is routed as a token of a trace, each sequence of a batch along its
 own stretch of it. A shape of fewer layers follows the trace's first ones. One server has all
-engines in turn, over one host pool, and each begins with empty slots at the trace's first token:
-all take the very same steps. The router's own weights are random, so ``gate`` guesses at random: it
-shows what useless guesses cost, not what a gate finds. To judge that, routing is uniform as well.
+engines in turn, over one host pool, and each begins every batch with empty slots and nothing
+learned at the trace's first token: all take the very same steps, and no token twice. The router's
+own weights are random, so ``gate`` guesses at random: it shows what useless guesses cost, not what
+a gate finds. To judge that, routing is uniform as well.
 """
 
 import json
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,18 @@ SHARES = (0.25, 0.5)
 MIB = 1 << 20
 
 STEPS = {1: (64, 48), 8: (8, 8), 32: (4, 6)}
-"""By batch: steps of warm-up, in which policies and predictors learn, and steps that count."""
+"""By batch: steps of warm-up, in which policies and predictors learn, and steps that count. Fewer
+of both where a sequence's stretch of the trace is shorter, so that no token is run twice."""
 
 FEW_STEPS = {1: (4, 3), 8: (2, 2), 32: (1, 2)}
 """The same where it is only tried out."""
 
-STOCK_STEPS = (3, 6)
+STOCK_WARM_UP = 3
 """vLLM's own offloading keeps the same layers in every step."""
 
 QUICK_S, EXACT_S = 2.0, 6.0
-"""For how long batch 1 is repeated: host noise shows there. Longer where a percent is judged."""
+"""For how long the same steps are repeated. Longer where a percent is judged at batch 1, where host
+noise shows."""
 
 MAX_TOKENS = 1024
 """Of a sequence: more than any is decoded here."""
@@ -70,8 +75,31 @@ def shape_of(path: Path) -> str:
     return next(found)
 
 
+def steps_of(batch: int, tokens: int | None, tiny: bool = False) -> tuple[int, int]:
+    """Steps of warm-up and steps that count, within a sequence's stretch of so many tokens.
+
+    Args:
+        batch: sequences, which share the trace out among them.
+        tokens: of the trace; None for one that is long enough.
+        tiny: for a server that is only tried out.
+    """
+    warm_up, steps = (FEW_STEPS if tiny else STEPS)[batch]
+    if tokens is None or warm_up + steps <= tokens // batch:
+        return warm_up, steps
+    stretch = tokens // batch
+    if stretch < 2:
+        sys.exit(f"--trace: {tokens} tokens are too few for {batch} sequences of 2 at least")
+    counted = max(1, stretch * steps // (warm_up + steps))
+    return stretch - counted, counted
+
+
 def prediction(
-    name: str, options: dict[str, Any], path: str = "", learned: str | None = None
+    name: str,
+    options: dict[str, Any],
+    path: str = "",
+    learned: str | None = None,
+    *,
+    tokens: int | None = None,
 ) -> list[Job]:
     """Stock vLLM at the same shares, and the server whose engines are exchanged.
 
@@ -82,12 +110,13 @@ def prediction(
         options: of the plugin, in all configurations.
         path: the trace.
         learned: another trace of the model, which predictors know from before.
+        tokens: of the trace; None for one that is long enough for all steps.
     """
-    found = engines(name, options)
+    found = engines(name, options, tokens)
     batches = [plan for run in found[0]["runs"] for plan in run["measurements"]]
     ours = plugin(SHARES[0], name, batches, options)
     ours["settings"]["moe_offload"] = found[0]["options"]
-    stock = [decode(batch, STOCK_STEPS[1], STOCK_STEPS[0]) for batch in STEPS]
+    stock = [_stock_plan(*plan) for plan in _plans(name.startswith("tiny"), tokens)]
     asked = [
         *({**cpu_offload(share, name, stock), "kind": "replay"} for share in SHARES),
         {**ours, "name": "plugin", "kind": "compare", "engines": found, "until": float("inf")},
@@ -97,37 +126,50 @@ def prediction(
     return [{**job, "trace": path, "learned": learned} for job in asked]
 
 
-def engines(name: str, options: dict[str, Any]) -> list[Job]:
+def _plans(tiny: bool, tokens: int | None) -> list[tuple[int, int, int]]:
+    """Of every batch the steps of warm-up and those that count."""
+    return [(batch, *steps_of(batch, tokens, tiny)) for batch in STEPS]
+
+
+def _stock_plan(batch: int, warm_up: int, steps: int) -> Job:
+    """The steps that count of the engines', and only some before them."""
+    few = min(STOCK_WARM_UP, warm_up)
+    plan = decode(batch, steps, few)
+    return {**plan, "place": warm_up - few, "repeat_seconds": QUICK_S}
+
+
+def engines(name: str, options: dict[str, Any], tokens: int | None = None) -> list[Job]:
     """Engines in the order of what must not be missing if time runs out."""
     tiny = name.startswith("tiny")
     one = {"prefetch_mb": SHAPES[name].expert_bytes * (2 if tiny else 1) / MIB}
     policies = {p: {"policy": p} for p in ("lru", "adaptive")}
     predictors = {p: {"predictor": p, **one} for p in ("markov", "eam", "gate")}
     settle = 8 if tiny else steps_to_decide()
+    run = partial(_run, _plans(tiny, tokens), tiny)
 
     def engine(label: str, share: float, special: Job, *runs: Job, records: bool = False) -> Job:
         chosen = {"cache_fraction": share, "stats_interval_s": 0, **options, **special}
-        runs = runs or (_run(label, tiny),)
+        runs = runs or (run(label),)
         return {"name": label, "share": share, "options": chosen, "runs": runs, "records": records}
 
     quarter, half = SHARES
     ours = [engine(f"{p} {quarter}", quarter, o) for p, o in policies.items()]
-    ours[-1]["runs"] = (_run(PLAIN, tiny, EXACT_S), _run(UNIFORM, tiny, EXACT_S, uniform=True))
+    ours[-1]["runs"] = (run(PLAIN, EXACT_S), run(UNIFORM, EXACT_S, uniform=True))
     ours += [engine(f"{p} {half}", half, o) for p, o in policies.items()]
     ours += [engine(f"{p} {quarter}", quarter, o) for p, o in predictors.items()]
     ours += [
-        engine(RECORDED, quarter, {}, _run(RECORDED, tiny, EXACT_S), records=True),
+        engine(RECORDED, quarter, {}, run(RECORDED, EXACT_S), records=True),
         engine(
             USELESS, quarter, {"predictor": "gate"},
-            _run(USELESS, tiny, EXACT_S, uniform=True, settle=settle),
+            run(USELESS, EXACT_S, uniform=True, settle=settle),
         ),
         engine(
             f"markov auto {quarter}", quarter, {"predictor": "markov"},
-            _run(f"markov auto {quarter}", tiny, settle=settle),
+            run(f"markov auto {quarter}", settle=settle),
         ),
     ]  # fmt: skip
     ours += [engine(f"{p} {half}", half, o) for p, o in predictors.items()]
-    return [*ours, engine(WHOLE, 1.0, {}, _run(WHOLE, tiny, fills=True))]
+    return [*ours, engine(WHOLE, 1.0, {}, run(WHOLE, fills=True))]
 
 
 def steps_to_decide() -> int:
@@ -138,25 +180,23 @@ def steps_to_decide() -> int:
 
 
 def _run(
-    label: str,
+    plans: list[tuple[int, int, int]],
     tiny: bool,
+    label: str,
     seconds: float = QUICK_S,
     *,
     uniform: bool = False,
     settle: int = 0,
     fills: bool = False,
 ) -> Job:
-    """One pass over all batches; the first begins anew, the others go on with what it has left."""
-    plans = [
-        {
-            **decode(batch, steps, warm_up),
-            "anew": batch == 1,
-            "repeat_seconds": seconds if batch == 1 and not tiny else 0.0,
-        }
-        for batch, (warm_up, steps) in (FEW_STEPS if tiny else STEPS).items()
-    ]
+    """One pass over all batches, each from the trace's first token on with nothing learned."""
+    measurements = []
+    for batch, warm_up, steps in plans:
+        repeats = seconds if batch == 1 else QUICK_S
+        plan = {**decode(batch, steps, warm_up), "repeat_seconds": 0.0 if tiny else repeats}
+        measurements.append(plan)
     about = {"name": label, "uniform": uniform, "settle": settle, "fills": fills}
-    return {**about, "measurements": plans}
+    return {**about, "measurements": measurements}
 
 
 def names(asked: list[Job]) -> list[str]:
@@ -217,6 +257,7 @@ def measure(
             "suite": "prediction",
             "trace": Path(asked[0]["trace"]).stem,
             "learned": asked[0]["learned"] and Path(asked[0]["learned"]).stem,
+            "steps": _steps_asked(asked),
             "copy_gb_s": [p["copy_gb_s"] for p in processes if p["copy_gb_s"]],
             "shapes": {job["shape"]: SHAPES[job["shape"]].as_dict() for job in asked},
             "targets": verdicts(judged),
@@ -225,6 +266,14 @@ def measure(
         }
         out.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _steps_asked(asked: list[Job]) -> dict[int, int]:
+    """By batch: steps from the trace's first token on, each of other tokens."""
+    return {
+        plan["batch"]: plan.get("place", 0) + plan["warm_up"] + plan["steps"]
+        for plan in asked[0]["measurements"]
+    }
 
 
 def set_beside(rows: list[Row]) -> list[Row]:

@@ -35,11 +35,11 @@ Row = dict[str, Any]
 
 def replay(job: dict[str, Any], folder: Path, talk: Talk) -> None:
     """Time the steps of one server, such as stock vLLM's."""
-    follow(job)
+    strategy = follow(job)
     server = Server(folder, SHAPES[job["shape"]], job)
     talk.wait_for_turn()
     for plan in job["measurements"]:
-        talk.note(_per_second(server.decode(plan["batch"], plan["steps"], plan["warm_up"])))
+        talk.note(_per_second(repeated(server, plan, partial(strategy.rewind, plan["place"]))))
 
 
 def compare(job: dict[str, Any], folder: Path, talk: Talk) -> None:
@@ -100,21 +100,19 @@ def measured(
     for run in runs:
         strategy.scramble(SEED if run["uniform"] else None)
         begin_anew = partial(start_over, server, strategy, lessons, fills=run["fills"])
-        begin_anew()
         if run["settle"]:
+            begin_anew()
             server.decode(1, 1, run["settle"])
         for plan in run["measurements"]:
             row = repeated(server, plan, begin_anew)
             yield {"configuration": run["name"], "uniform": run["uniform"], **_per_second(row)}
 
 
-def repeated(server: Server, plan: dict[str, Any], begin_anew: Callable[[], None]) -> Row:
-    """The quickest of several times, where each does exactly the same; else the only one."""
+def repeated(server: Server, plan: dict[str, Any], begin: Callable[[], None]) -> Row:
+    """The quickest of several times, each of which begins alike and does exactly the same."""
 
     def once() -> Row:
-        if plan["anew"]:
-            begin_anew()
-        return server.decode(plan["batch"], plan["steps"], plan["warm_up"])
+        return server.decode(plan["batch"], plan["steps"], plan["warm_up"], begin=begin)
 
     return quickest(once, plan["repeat_seconds"], most=float("inf"))
 

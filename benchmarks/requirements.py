@@ -210,7 +210,9 @@ def same_hits(rows: Iterable[Row], simulated: dict[float, int]) -> dict[str, Any
         f"{row['share']:.0%}": f"{row['hits']} of {row['active']}, simulated "
         f"{simulated[row['share']]}" for row in found
     }  # fmt: skip
-    passed = _all(list(outcomes), len(simulated))
+    passed = _all(list(outcomes), len(found))
+    if passed and {row["share"] for row in found} != simulated.keys():
+        passed = None
     return {"case": SAME_HITS, "target": SAME_HITS_TARGET, "values": values, "passed": passed}
 
 

@@ -102,10 +102,10 @@ class TraceReplay:
         self._step_tokens = 0
         self._layer = 0
 
-    def rewind(self) -> None:
-        """Let the next step begin with the first token of the trace."""
+    def rewind(self, place: int = 0) -> None:
+        """Let the next step begin with this token of the trace, and of each sequence's stretch."""
         if self._position is not None:
-            self._position.zero_()
+            self._position.fill_(place)
 
     def scramble(self, seed: int | None) -> None:
         """Replace the trace by uniform routing of as many tokens, the same for a seed; or restore.

@@ -121,9 +121,12 @@ def predicted(args: argparse.Namespace) -> int:
     """Measure the suite of policies and predictors, which has engines and judges of its own."""
     from machine import provenance
 
+    from vllm_moe_offload.trace import load
+
     shape = args.shape or prediction.shape_of(args.trace)
     learned = args.learned and str(args.learned.resolve())
-    asked = prediction.prediction(shape, args.option, str(args.trace.resolve()), learned)
+    path, tokens = str(args.trace.resolve()), load(args.trace).num_tokens
+    asked = prediction.prediction(shape, args.option, path, learned, tokens=tokens)
     if args.list:
         print(*prediction.names(asked), sep="\n")
         return 0
@@ -196,6 +199,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     alone = [suite for suite in args.suite if suite in ALONE]
     if alone and len(args.suite) > 1:
         parser.error(f"the suite {alone[0]} runs alone")
+    if alone and args.profile:
+        parser.error(f"--profile is not for the suite {alone[0]}")
     needing = [suite for suite in args.suite if suite in OF_TRACES]
     if needing and not (args.trace or args.render or args.plot):
         parser.error(f"the suite {needing[0]} needs --trace")

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,27 @@ class Server:
         self._engine = self.llm.llm_engine
         self._requests = 0
 
-    def decode(self, batch: int, steps: int, warm_up: int = 8) -> dict[str, Any]:
-        """Mean time of a decode step and the bytes that it moved."""
+    def decode(
+        self,
+        batch: int,
+        steps: int,
+        warm_up: int = 8,
+        *,
+        begin: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Mean time of a decode step and the bytes that it moved.
+
+        Args:
+            batch: sequences.
+            steps: that are timed.
+            warm_up: steps before them; the prompts' is the first, unless ``begin`` is given.
+            begin: called between the prompts' step and all others.
+        """
         self.start_decode(batch, steps + warm_up)
+        if begin is not None:
+            self._engine.step()
+            self.synchronize()
+            begin()
         for _ in range(warm_up):
             self._engine.step()
         self.synchronize()

@@ -58,7 +58,7 @@ def test_without_traces(capsys):
 
 def test_measurements_run_side_by_side_until_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(everything, "GRACE_S", 1.0)
-    args = parse(["--out", str(tmp_path), "--limit-s", "4", "--gpus", "0", "1"])
+    args = parse(["--out", str(tmp_path), "--limit-s", "10", "--gpus", "0", "1"])
     tell = "-c import~os,sys;print(os.environ['CUDA_VISIBLE_DEVICES']);sys.exit("
     waiting = [
         Measurement("first", tell + "0)"),
@@ -77,6 +77,6 @@ def test_measurements_run_side_by_side_until_the_limit(tmp_path, monkeypatch):
         "other": "failed (-15)",
         "late": "not begun",
     }
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     logs = {(tmp_path / "logs" / f"{name}.log").read_text() for name in ("first", "second")}
     assert logs == {"0\n", "1\n"}

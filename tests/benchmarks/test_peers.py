@@ -117,7 +117,8 @@ def test_client_times_tokens_and_not_empty_events(serve):
     for one in found.replies:
         assert (one.text, one.token_ids, one.num_tokens) == (" 8 9 10", [8, 9, 10], 3)
         assert one.first_token_s >= 2 * Slow.pause_s
-        assert one.last_s - one.first_s >= 1.5 * Slow.pause_s
+        # A client that was late for the first one has waited less for the last one.
+        assert one.last_s - one.first_s >= 2 * Slow.pause_s - found.lag_s - 0.01
 
 
 def test_client_counts_by_usage_where_ids_are_not_told(serve):

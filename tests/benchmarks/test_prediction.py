@@ -52,6 +52,32 @@ def test_a_server_can_take_what_it_is_asked(shape):
         assert job["settings"]["max_num_seqs"] == 32
 
 
+@pytest.mark.parametrize("batch", list(prediction.STEPS))
+@pytest.mark.parametrize("tokens", [64, 129, 1000, 10**6, None])
+def test_no_token_of_a_trace_is_run_twice(batch, tokens):
+    wanted = prediction.STEPS[batch]
+    warm_up, steps = prediction.steps_of(batch, tokens)
+    assert 1 <= steps <= wanted[1]
+    assert 1 <= warm_up <= wanted[0]
+    if tokens is None or sum(wanted) <= tokens // batch:
+        assert (warm_up, steps) == wanted
+    else:
+        assert warm_up + steps == tokens // batch
+
+
+def test_a_trace_that_is_too_short():
+    with pytest.raises(SystemExit, match="63 tokens are too few for 32 sequences"):
+        prediction.prediction("tiny", {}, "", tokens=63)
+
+
+def test_stock_takes_the_steps_that_count():
+    *stock, ours = prediction.prediction("deepseek-v2-lite", {}, "", tokens=129)
+    for job in stock:
+        for plan, timed in zip(job["measurements"], ours["measurements"], strict=True):
+            assert (plan["batch"], plan["steps"]) == (timed["batch"], timed["steps"])
+            assert plan["place"] + plan["warm_up"] == timed["warm_up"]
+
+
 def test_an_expert_may_be_fetched():
     for name, shape in SHAPES.items():
         sizes = [e["options"].get("prefetch_mb") for e in prediction.engines(name, {})]

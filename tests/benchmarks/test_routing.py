@@ -117,6 +117,7 @@ def test_an_emptied_engine_hits_what_the_simulator_says(tmp_path):
     assert same_hits(rows, simulated)["passed"]
     assert not same_hits([{**rows[0], "hits": rows[0]["hits"] + 1}, rows[1]], simulated)["passed"]
     assert same_hits(rows[:1], simulated)["passed"] is None
+    assert same_hits([rows[0], rows[0]], simulated)["passed"] is None
 
 
 def test_a_trace_is_scrambled_and_restored():

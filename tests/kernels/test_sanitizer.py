@@ -1,6 +1,7 @@
 """Every kernel under NVIDIA's compute-sanitizer: no access out of bounds, no race."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,4 +50,4 @@ def test_the_sanitizer_finds_nothing(tool):
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
-    assert "ERROR SUMMARY: 0 errors" in result.stdout or "0 hazards" in result.stdout
+    assert re.search(r"SUMMARY: 0 (errors|hazards)\b", result.stdout)

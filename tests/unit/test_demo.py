@@ -211,7 +211,10 @@ def test_progress_tells_the_last_message_of_the_log(vllm):
 def test_no_process_is_left_when_the_demo_is_stopped(vllm, number):
     script(vllm, "/bin/sh", "trap '' TERM INT; sleep 300 & echo $!; wait; wait; wait")
     code = (
-        "import sys; from vllm_moe_offload import demo; from vllm_moe_offload.demo import server; "
+        # As in a terminal, whatever this process has inherited.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "from vllm_moe_offload import demo; from vllm_moe_offload.demo import server; "
         f"sys.executable = {str(vllm)!r}; "
         "server._STOP_TIMEOUT_S = 0.2; demo.version = lambda name: '0'; sys.exit(demo.run('m'))"
     )

@@ -173,6 +173,17 @@ def test_expert_sizes():
     assert expert_bytes("openai/gpt-oss-20b", None) == 3 * 2880 * 2880 * 17 // 32
     assert expert_bytes("Qwen3-30B-A3B", 1.5) == 3 * MIB // 2
     assert expert_bytes("something else", None) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Qwen/Qwen3-30B-A3B-FP8", "Qwen/Qwen3-30B-A3B-GPTQ-Int4", "Mixtral-8x7B-Instruct-AWQ",
+     "Qwen3-30B-A3B-quantized.w4a16", "Qwen3-30B-A3B-NVFP4", "unsloth/gpt-oss-20b-BF16",
+     "Qwen3-30B-A3B-4bit"],
+)  # fmt: skip
+def test_size_of_other_bits_is_not_that_of_the_model(name):
+    assert expert_bytes(name, None) is None
+    assert expert_bytes(name, 1.0) == MIB
     assert all(name == name.lower() for name in KNOWN)
 
 

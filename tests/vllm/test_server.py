@@ -7,10 +7,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import MAX_TOKENS, cancel_half_way, complete, started
+from serving import CLIENT, MAX_TOKENS, cancel_half_way, complete, started
 
 from vllm_moe_offload import cli
 from vllm_moe_offload.lifeline import is_orphaned
@@ -53,10 +52,9 @@ def test_concurrent_answers_equal_those_of_the_request_alone(server):
 
 def test_chat(server):
     message = {"role": "user", "content": "hello"}
-    answer = httpx.post(
+    answer = CLIENT.post(
         f"{server}/v1/chat/completions",
         json={"messages": [message], "max_tokens": 8, "temperature": 0},
-        timeout=120,
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"]
@@ -64,7 +62,7 @@ def test_chat(server):
 
 def statistics(url):
     """What the one worker counts, exactly."""
-    answer = httpx.post(f"{url}/collective_rpc", json={"method": "moe_offload_stats"})
+    answer = CLIENT.post(f"{url}/collective_rpc", json={"method": "moe_offload_stats"})
     assert answer.status_code == 200, answer.text
     (stats,) = answer.json()["results"]
     return stats
@@ -72,7 +70,7 @@ def statistics(url):
 
 def metrics(url):
     """The plugin's samples by name without the prefix, layer and cause."""
-    answer = httpx.get(f"{url}/metrics")
+    answer = CLIENT.get(f"{url}/metrics")
     assert answer.status_code == 200, answer.text
     found = {}
     for family in text_string_to_metric_families(answer.text):
@@ -135,7 +133,7 @@ def test_metrics_of_the_running_server(server):
 def test_dashboard_finds_its_metrics(server):
     dashboard = (files("vllm_moe_offload.metrics") / "grafana.json").read_text()
     asked = set(re.findall(r"(?:vllm:|vllm_moe_offload_)\w+", dashboard))
-    types = set(re.findall(r"^# TYPE (\S+)", httpx.get(f"{server}/metrics").text, re.MULTILINE))
+    types = set(re.findall(r"^# TYPE (\S+)", CLIENT.get(f"{server}/metrics").text, re.MULTILINE))
     assert len(asked) > 10
     assert asked <= types
 

@@ -1,5 +1,6 @@
 """Bytes of one expert of models that are often traced, when nobody gives them."""
 
+import re
 from dataclasses import dataclass
 
 from vllm_moe_offload.sizes import MIB
@@ -34,9 +35,15 @@ KNOWN = {
 """By a part of the model's name: shapes from the models' configurations, as published."""
 
 
+_OTHER_FORM = re.compile(r"fp8|int\d|gptq|awq|w\d+a\d+|fp4|bnb|gguf|\dbit|bf16")
+"""What names tell of weights in another form than the one that the model was published in."""
+
+
 def expert_bytes(model: str, expert_mb: float | None) -> int | None:
     """Bytes of one expert: as given in MiB, else as known for the model's name, else None."""
     if expert_mb is not None:
         return int(expert_mb * MIB)
     name = model.lower()
+    if _OTHER_FORM.search(name):
+        return None
     return next((shape.num_bytes for part, shape in KNOWN.items() if part in name), None)
