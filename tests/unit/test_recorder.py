@@ -172,6 +172,81 @@ def test_keeps_what_others_learn(make):
     assert found["predictor"]["a"].tolist() == [0, 1, 2]
 
 
+class Learner:
+    """Learns in memory that is not there while the worker sleeps."""
+
+    def __init__(self):
+        self.learned, self.is_there = 0, True
+
+    def section(self):
+        if not self.is_there:
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"a": np.array([self.learned])}
+
+
+def kept(steps):
+    """What the warm start keeps of the learner, None as yet."""
+    sections = WarmStartFile(steps.warm_start.path, IDENTITY).load() or {}
+    return sections["learner"]["a"].tolist() if "learner" in sections else None
+
+
+def test_what_was_learned_before_a_sleep_is_saved_in_it(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.3)
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), {}, {"learner": learner.section})
+    steps.run(3)
+    learner.learned = 3
+    steps.recorder.settle()
+    learner.is_there = False
+    wait_for(lambda: kept(steps) == [3])
+    wait_for(lambda: recorded(tmp_path) == [0, 1, 2])
+    assert lines == []
+
+
+def test_a_sleeping_worker_is_not_asked_before_its_next_tokens(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.2)
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), {}, {"learner": learner.section})
+    steps.run(3)
+    steps.recorder.settle()
+    learner.is_there = False
+    # A request that is aborted by then ends with a step of no tokens.
+    steps.recorder.record(StepRows(ended=(7,)), 0)
+    steps.recorder._has_learnt = True
+    wait_for(lambda: not steps.recorder._has_learnt)
+    assert (kept(steps), lines) == ([0], [])
+    learner.is_there, learner.learned = True, 5
+    steps.run(2)
+    wait_for(lambda: kept(steps) == [5])
+    learner.learned = 6
+    steps.run(1)
+    steps.recorder.settle()
+    learner.is_there = False
+    steps.recorder.close()
+    assert (kept(steps), lines) == ([6], [])
+    assert recorded(tmp_path) == list(range(6))
+
+
+def test_a_learner_that_fails_is_reported_and_recording_goes_on(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.2)
+    learner.is_there = False
+    stale = {"learner": {"a": np.array([9])}}
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), stale, {"learner": learner.section})
+    steps.run(3)
+    wait_for(lambda: lines)
+    steps.recorder.settle()
+    assert lines[0] == (
+        "moe-offload: cannot read what learner has learned: "
+        "RuntimeError: an illegal memory access was encountered."
+    )
+    wait_for(lambda: kept(steps) == [9])
+    steps.run(2)
+    wait_for(lambda: recorded(tmp_path) == list(range(5)))
+    learner.is_there, learner.learned = True, 4
+    steps.run(1)
+    steps.recorder.close()
+    assert kept(steps) == [4]
+    assert recorded(tmp_path) == list(range(6))
+
+
 def test_a_bug_ends_the_recording_and_nothing_else(make, tmp_path, lines):
     steps = make()
     steps.recorder.record(StepRows([5], [0], [1]), 1)  # a sequence that nobody began
