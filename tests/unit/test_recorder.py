@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recording
+import torch
 from recording import EXPERTS, IDENTITY, LAYERS, Steps, recorded, wait_for
 
 from vllm_moe_offload.errors import OffloadError
@@ -120,33 +121,51 @@ def test_settling_empties_the_ring(make, monkeypatch):
 
 def test_steps_are_dropped_where_the_ring_is_full(make, tmp_path, lines, monkeypatch):
     monkeypatch.setattr(module, "DRAIN_S", 60.0)
-    monkeypatch.setattr(module, "RING_BYTES", 160)
+    monkeypatch.setattr(module, "RING_BYTES", 256)
     steps = make()
     time.sleep(0.1)
     steps.run(25)
     steps.recorder.settle()
     steps.run(3)
     steps.recorder.close()
-    assert recorded(tmp_path) == [*range(10), 25, 26, 27]
-    assert steps.recorder.dropped_steps == 15
+    assert recorded(tmp_path) == [*range(16), 25, 26, 27]
+    assert steps.recorder.dropped_steps == 9
     (trace,) = load_all(tmp_path)
-    assert np.diff(trace.sequence_starts).tolist() == [10, 3], "a gap splits the sequence"
-    assert lines == ["moe-offload: not recorded so far: 15 steps that the ring had no room for."]
+    assert np.diff(trace.sequence_starts).tolist() == [16, 3], "a gap splits the sequence"
+    assert lines == ["moe-offload: not recorded so far: 9 steps that the ring had no room for."]
 
 
 def test_a_sequence_that_begins_where_the_ring_is_full(make, tmp_path, lines, monkeypatch):
     monkeypatch.setattr(module, "DRAIN_S", 60.0)
-    monkeypatch.setattr(module, "RING_BYTES", 160)
+    monkeypatch.setattr(module, "RING_BYTES", 256)
     steps = make()
     time.sleep(0.1)
-    steps.run(10)
+    steps.run(16)
     steps.recorder.record(StepRows([1], [0], [1], begun=((1, 1),)), 1)
     steps.recorder.settle()
     steps.log.ids_LTK[:, :1] = 500
     steps.recorder.record(StepRows([1], [1], [1]), 1)
     steps.recorder.close()
-    assert recorded(tmp_path) == [*range(10), 500]
+    assert recorded(tmp_path) == [*range(16), 500]
     assert steps.recorder.dropped_steps == len(lines) == 1
+
+
+def test_the_largest_steps_are_recorded_with_positions(make, tmp_path, lines, monkeypatch):
+    """Wherever in the ring the step before ended."""
+    monkeypatch.setattr(module, "RING_BYTES", 1)
+    steps = make()
+    largest = steps.log.max_tokens
+    steps.log.ids_LTK[:] = torch.arange(largest)[:, None]
+    start = 0
+    for count in (1, largest, largest, 3, largest):
+        begun = () if start else ((0, 100),)
+        rows = StepRows([0], [0], [count], [0], begun)
+        steps.recorder.record(rows, count, start + torch.arange(count))
+        steps.recorder.settle()
+        start += count
+    steps.recorder.close()
+    assert (steps.recorder.dropped_steps, lines) == (0, [])
+    assert recorded(tmp_path) == [0, *range(8), *range(8), *range(3), *range(8)]
 
 
 def test_goes_on_from_a_warm_start(make, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_moe_offload.recorder.complaints import Complaints
@@ -17,7 +18,7 @@ from vllm_moe_offload.recorder.directory import prepare_directory, trace_stem
 from vllm_moe_offload.recorder.files import TraceFiles, TraceInfo
 from vllm_moe_offload.recorder.hot_set import SECTION, HotSet
 from vllm_moe_offload.recorder.learners import Learners
-from vllm_moe_offload.recorder.ring import DeviceRing
+from vllm_moe_offload.recorder.ring import DeviceRing, entry_bytes
 from vllm_moe_offload.recorder.sequences import SequenceSorter, SortedTokens
 from vllm_moe_offload.recorder.steps import RecordedStep, StepRows
 from vllm_moe_offload.step_log import StepLog
@@ -248,5 +249,7 @@ class _Inbox:
 
 
 def _ring_bytes(step_log: StepLog) -> int:
-    largest = step_log.tokens(step_log.max_tokens)
-    return max(RING_BYTES, RING_STEPS * largest.numel() * largest.element_size())
+    tokens = step_log.max_tokens
+    # Positions come with the ids where the host does not know them.
+    largest = entry_bytes([step_log.tokens(tokens).nbytes, tokens * torch.int64.itemsize])
+    return max(RING_BYTES, RING_STEPS * largest)
