@@ -108,7 +108,7 @@ class Recording:
             recorder.close()
 
     def settle(self) -> None:
-        """Leave nothing on the device that has not been read."""
+        """Leave nothing on the device that has not been read, and read nothing until it steps."""
         if self._recorder:
             self._recorder.settle()
 

@@ -34,7 +34,8 @@ def find_routers(model: Any, specs: Sequence[LayerSpec]) -> list[Router] | None:
 
 
 def _find(block: Any, spec: LayerSpec) -> Router | None:
-    _, hidden = next(t.shape for t in spec.layout.tensors if t.name == "w13_weight")
+    # The second matrix has a row for every hidden value, while a row of the first may be packed.
+    hidden, _ = next(t.shape for t in spec.layout.tensors if t.name == "w2_weight")
     for name in NAMES:
         module = getattr(block, name, None)
         weight = getattr(module, "weight", None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from formats_of_tests import FORMATS, layout_of
 from torch import nn
 
 from vllm_moe_offload.kernels.activation import Activation
@@ -47,6 +48,26 @@ def test_they_are_called_as_the_model_does(name, kind):
     x_TH = torch.randn(3, HIDDEN)
     for module, one in zip(modules, found, strict=True):
         assert torch.equal(one(x_TH), nn.functional.linear(x_TH, module.weight, module.bias))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_experts_may_be_quantised(form):
+    """A router sees all of a token, in however few bytes the experts' weights are stored."""
+    hidden, intermediate = 256, 128
+    layout = layout_of(FORMATS[form], 2 * intermediate, hidden, intermediate, torch.float32)
+    layers = [
+        LayerSpec(f"layers.{n}.mlp.experts", EXPERTS, layout, Activation("silu"),
+                  format=FORMATS[form])
+        for n in range(2)
+    ]  # fmt: skip
+    modules = [router(hidden=hidden) for _ in layers]
+    found = find_routers(model_of(*(Block(gate=module) for module in modules)), layers)
+    x_TH = torch.randn(3, hidden)
+    for module, one in zip(modules, found, strict=True):
+        assert torch.equal(one(x_TH), module(x_TH)[0])
+    # As wide as the bytes of a row of 4-bit codes.
+    narrow = [Block(gate=router(hidden=hidden // 2)) for _ in layers]
+    assert find_routers(model_of(*narrow), layers) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recording
+import torch
 from recording import EXPERTS, IDENTITY, LAYERS, Steps, recorded, wait_for
 
 from vllm_moe_offload.errors import OffloadError
@@ -120,33 +121,51 @@ def test_settling_empties_the_ring(make, monkeypatch):
 
 def test_steps_are_dropped_where_the_ring_is_full(make, tmp_path, lines, monkeypatch):
     monkeypatch.setattr(module, "DRAIN_S", 60.0)
-    monkeypatch.setattr(module, "RING_BYTES", 160)
+    monkeypatch.setattr(module, "RING_BYTES", 256)
     steps = make()
     time.sleep(0.1)
     steps.run(25)
     steps.recorder.settle()
     steps.run(3)
     steps.recorder.close()
-    assert recorded(tmp_path) == [*range(10), 25, 26, 27]
-    assert steps.recorder.dropped_steps == 15
+    assert recorded(tmp_path) == [*range(16), 25, 26, 27]
+    assert steps.recorder.dropped_steps == 9
     (trace,) = load_all(tmp_path)
-    assert np.diff(trace.sequence_starts).tolist() == [10, 3], "a gap splits the sequence"
-    assert lines == ["moe-offload: not recorded so far: 15 steps that the ring had no room for."]
+    assert np.diff(trace.sequence_starts).tolist() == [16, 3], "a gap splits the sequence"
+    assert lines == ["moe-offload: not recorded so far: 9 steps that the ring had no room for."]
 
 
 def test_a_sequence_that_begins_where_the_ring_is_full(make, tmp_path, lines, monkeypatch):
     monkeypatch.setattr(module, "DRAIN_S", 60.0)
-    monkeypatch.setattr(module, "RING_BYTES", 160)
+    monkeypatch.setattr(module, "RING_BYTES", 256)
     steps = make()
     time.sleep(0.1)
-    steps.run(10)
+    steps.run(16)
     steps.recorder.record(StepRows([1], [0], [1], begun=((1, 1),)), 1)
     steps.recorder.settle()
     steps.log.ids_LTK[:, :1] = 500
     steps.recorder.record(StepRows([1], [1], [1]), 1)
     steps.recorder.close()
-    assert recorded(tmp_path) == [*range(10), 500]
+    assert recorded(tmp_path) == [*range(16), 500]
     assert steps.recorder.dropped_steps == len(lines) == 1
+
+
+def test_the_largest_steps_are_recorded_with_positions(make, tmp_path, lines, monkeypatch):
+    """Wherever in the ring the step before ended."""
+    monkeypatch.setattr(module, "RING_BYTES", 1)
+    steps = make()
+    largest = steps.log.max_tokens
+    steps.log.ids_LTK[:] = torch.arange(largest)[:, None]
+    start = 0
+    for count in (1, largest, largest, 3, largest):
+        begun = () if start else ((0, 100),)
+        rows = StepRows([0], [0], [count], [0], begun)
+        steps.recorder.record(rows, count, start + torch.arange(count))
+        steps.recorder.settle()
+        start += count
+    steps.recorder.close()
+    assert (steps.recorder.dropped_steps, lines) == (0, [])
+    assert recorded(tmp_path) == [0, *range(8), *range(8), *range(3), *range(8)]
 
 
 def test_goes_on_from_a_warm_start(make, tmp_path):
@@ -170,6 +189,81 @@ def test_keeps_what_others_learn(make):
     steps.recorder.close()
     found = WarmStartFile(steps.warm_start.path, IDENTITY).load()
     assert found["predictor"]["a"].tolist() == [0, 1, 2]
+
+
+class Learner:
+    """Learns in memory that is not there while the worker sleeps."""
+
+    def __init__(self):
+        self.learned, self.is_there = 0, True
+
+    def section(self):
+        if not self.is_there:
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"a": np.array([self.learned])}
+
+
+def kept(steps):
+    """What the warm start keeps of the learner, None as yet."""
+    sections = WarmStartFile(steps.warm_start.path, IDENTITY).load() or {}
+    return sections["learner"]["a"].tolist() if "learner" in sections else None
+
+
+def test_what_was_learned_before_a_sleep_is_saved_in_it(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.3)
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), {}, {"learner": learner.section})
+    steps.run(3)
+    learner.learned = 3
+    steps.recorder.settle()
+    learner.is_there = False
+    wait_for(lambda: kept(steps) == [3])
+    wait_for(lambda: recorded(tmp_path) == [0, 1, 2])
+    assert lines == []
+
+
+def test_a_sleeping_worker_is_not_asked_before_its_next_tokens(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.2)
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), {}, {"learner": learner.section})
+    steps.run(3)
+    steps.recorder.settle()
+    learner.is_there = False
+    # A request that is aborted by then ends with a step of no tokens.
+    steps.recorder.record(StepRows(ended=(7,)), 0)
+    steps.recorder._has_learnt = True
+    wait_for(lambda: not steps.recorder._has_learnt)
+    assert (kept(steps), lines) == ([0], [])
+    learner.is_there, learner.learned = True, 5
+    steps.run(2)
+    wait_for(lambda: kept(steps) == [5])
+    learner.learned = 6
+    steps.run(1)
+    steps.recorder.settle()
+    learner.is_there = False
+    steps.recorder.close()
+    assert (kept(steps), lines) == ([6], [])
+    assert recorded(tmp_path) == list(range(6))
+
+
+def test_a_learner_that_fails_is_reported_and_recording_goes_on(make, tmp_path, lines):
+    learner, steps = Learner(), make(start=False, interval_s=0.2)
+    learner.is_there = False
+    stale = {"learner": {"a": np.array([9])}}
+    steps.recorder.start(HotSet(LAYERS, EXPERTS), stale, {"learner": learner.section})
+    steps.run(3)
+    wait_for(lambda: lines)
+    steps.recorder.settle()
+    assert lines[0] == (
+        "moe-offload: cannot read what learner has learned: "
+        "RuntimeError: an illegal memory access was encountered."
+    )
+    wait_for(lambda: kept(steps) == [9])
+    steps.run(2)
+    wait_for(lambda: recorded(tmp_path) == list(range(5)))
+    learner.is_there, learner.learned = True, 4
+    steps.run(1)
+    steps.recorder.close()
+    assert kept(steps) == [4]
+    assert recorded(tmp_path) == list(range(6))
 
 
 def test_a_bug_ends_the_recording_and_nothing_else(make, tmp_path, lines):

@@ -1,4 +1,5 @@
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_moe_offload.recorder import recorder
 from vllm_moe_offload.recorder.ring import DeviceRing
 from vllm_moe_offload.step_log import StepLog
 
@@ -51,6 +53,52 @@ def test_first_in_first_out_within_bounds(data):
             assert ring.waiting_bytes == 0
 
 
+@given(st.data())
+def test_an_empty_ring_takes_whatever_it_can_hold(data):
+    """Wherever the last entry ended, and nothing is lost or written over behind it."""
+    device = data.draw(st.sampled_from(DEVICES))
+    ring = DeviceRing(data.draw(st.integers(16, 400)), device)
+    for tag in range(data.draw(st.integers(0, 12))):
+        if put(ring, tag, data.draw(st.integers(0, 12))) and data.draw(st.booleans()):
+            ring.take()
+    ring.take()
+    room = ring.num_bytes // 16 * 16
+    last = torch.arange(room, dtype=torch.int64, device=device).to(torch.int16)[: room // 2]
+    assert ring.put("last", [last])
+    assert ring.waiting_bytes <= ring.num_bytes
+    assert ring.put("tag", []), "what has no tensor always fits"
+    assert not ring.put("more", [last[:1]])
+    (tag, (taken,)), (other, _) = ring.take()
+    assert (tag, other) == ("last", "tag")
+    assert taken.tolist() == last.tolist()
+    assert ring.waiting_bytes == 0
+    assert put(ring, 1, 0), "it goes on"
+
+
+@given(st.data())
+def test_the_largest_step_fits_the_recorders_ring_whenever_it_is_empty(data):
+    """Also with a position for every token, and twice if the ring is at its beginning."""
+    layers, tokens, top_k = (data.draw(st.integers(1, most)) for most in (4, 20, 3))
+    device = data.draw(st.sampled_from(DEVICES))
+    log = StepLog(layers, tokens, top_k, device)
+    with mock.patch.object(recorder, "RING_BYTES", 1):
+        ring = DeviceRing(recorder._ring_bytes(log), device)
+    positions_T = torch.arange(tokens, device=device)
+
+    def put(count, with_positions):
+        tensors = [log.tokens(count), positions_T[:count]]
+        return ring.put(None, tensors[: 1 + with_positions])
+
+    assert put(tokens, True)
+    assert put(tokens, True)
+    ring.take()
+    steps = st.tuples(st.integers(1, tokens), st.booleans())
+    for step in data.draw(st.lists(steps, max_size=20)):
+        assert put(*step)
+        ring.take()
+    assert put(tokens, True)
+
+
 def test_full(device):
     ring = DeviceRing(64, device)
     row = torch.zeros(16, dtype=torch.int16, device=device)
@@ -87,8 +135,10 @@ def test_a_step_log(device):
     assert ids_TLK.tolist() == [[[0, 1], [10, 11], [20, 21]], [[2, 3], [12, 13], [22, 23]]]
 
 
-def test_two_threads(device):
-    ring = DeviceRing(2048, device)
+@pytest.mark.parametrize("num_bytes", [160, 2048])
+def test_two_threads(device, num_bytes):
+    """Also where the largest entries take nearly all of the ring."""
+    ring = DeviceRing(num_bytes, device)
     taken, dropped, done = [], [], threading.Event()
 
     def consume():

@@ -116,6 +116,17 @@ def test_bits_and_bytes_whatever_is_resident(quantised, form):
         assert 0 <= row_bytes - expert_bytes(path, form) < ROW_ALIGNMENT + 10 * TENSOR_ALIGNMENT
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_next_router_is_asked(quantised, form):
+    """It is a layer like others, whatever the experts are stored in."""
+    options = offloaded(cache_fraction=0.25, predictor="gate", prefetch_mb=0)
+    with engine(quantised(form), family_of(form), **options) as llm:
+        generate(llm, PROMPTS[:1], MAX_TOKENS, logprobs=None)
+        (stats,) = llm.collective_rpc("moe_offload_stats")
+    first, second = stats["by_layer"]
+    assert first["guessed"] == 0 < second["guessed"]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_through_vllms_other_method(checkpoint, tmp_path, bits):
     """``moe_wna16`` has another order of codes, made by vLLM while it loads."""

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cpu_settings import env
+from recording import wait_for
 from served import engine, generate, offloaded
 
+from vllm_moe_offload import npz
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.eviction import AdaptiveEviction
 from vllm_moe_offload.trace import load_all
 
 FAMILY = "qwen3_moe"
@@ -148,6 +152,71 @@ def test_a_restart_begins_warm(path, tmp_path):
         offload.check_integrity()
         run(llm, prompts, 12)
         offload.check_integrity()
+
+
+@pytest.fixture
+def asleep(monkeypatch):
+    """Whether workers sleep, as those of a GPU do, and what eviction learns cannot be read."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    asleep, to_arrays = threading.Event(), AdaptiveEviction.to_arrays
+
+    class Backend(SleepModeBackend):
+        def suspend(self, level=1):
+            asleep.set()
+
+        def resume(self, tags=None):
+            asleep.clear()
+
+        def discard(self, tags):
+            """Nothing is shared here."""
+
+    def read(self):
+        assert not asleep.is_set(), "read while it was not there"
+        return to_arrays(self)
+
+    for name in ("sleep", "wake_up"):
+        monkeypatch.delattr(CPUWorker, name)
+    monkeypatch.setattr(CPUWorker, "sleep_mode_backend", Backend())
+    monkeypatch.setattr(AdaptiveEviction, "to_arrays", read)
+    monkeypatch.setattr("torch.accelerator.synchronize", lambda: None)
+    monkeypatch.setattr("torch.accelerator.get_memory_info", lambda: (1 << 30, 2 << 30))
+    return asleep
+
+
+def test_what_was_learned_before_a_sleep_is_saved_in_it(
+    path, routes, tmp_path, asleep, monkeypatch
+):
+    from vllm_moe_offload.patches import recording
+
+    said, file = [], tmp_path / "stage0.warm-start"
+    monkeypatch.setattr(recording.logger, "warning", said.append)
+    options = offloaded(cache_fraction=0.5, trace_path=str(tmp_path), trace_interval_s=0.5)
+
+    def kept():
+        arrays = npz.load(file, "", "") if file.exists() else {}
+        return arrays.get("policy_adaptive/sequel_LEE")
+
+    with engine(path, FAMILY, **LIMITS, **options) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        (offload,) = worker_of(llm).moe_offload_engines
+        sequences = []
+        for seed in (1, 2):
+            sequences += run(llm, [prompt(9, seed)], 12)
+            learned = offload.eviction.to_arrays()["sequel_LEE"]
+            core.sleep(level=1)
+            assert asleep.is_set()
+            # The worker hears of requests that have ended in a step without tokens.
+            assert core.scheduler.has_requests()
+            core.step_fn()
+            assert not core.scheduler.has_requests()
+            wait_for(lambda learned=learned: np.array_equal(kept(), learned))
+            core.wake_up()
+    assert said == []
+    pairs = by_first_rows(recorded(tmp_path), sequences, routes)
+    for match, expected in pairs:
+        assert_is(match, expected, 9)
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign"])

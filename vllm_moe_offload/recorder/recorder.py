@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_moe_offload.recorder.complaints import Complaints
 from vllm_moe_offload.recorder.directory import prepare_directory, trace_stem
 from vllm_moe_offload.recorder.files import TraceFiles, TraceInfo
 from vllm_moe_offload.recorder.hot_set import SECTION, HotSet
-from vllm_moe_offload.recorder.ring import DeviceRing
+from vllm_moe_offload.recorder.learners import Learners
+from vllm_moe_offload.recorder.ring import DeviceRing, entry_bytes
 from vllm_moe_offload.recorder.sequences import SequenceSorter, SortedTokens
 from vllm_moe_offload.recorder.steps import RecordedStep, StepRows
 from vllm_moe_offload.step_log import StepLog
@@ -86,7 +88,7 @@ class Recorder:
         self._hot_set = HotSet(num_layers, info.num_experts)
         self._warm_start = warm_start
         self._sections: Mapping[str, Section] = {}
-        self._learners: Mapping[str, Callable[[], Section]] = {}
+        self._learners = Learners({}, self._complaints.say)
         self._has_learnt = False
         self._recording = False
         self._closing = threading.Event()
@@ -107,9 +109,11 @@ class Recorder:
         Args:
             hot_set: what is known already; the recorder goes on from it.
             sections: everything that the warm start held, to be kept with it.
-            learners: what gives the sections that others learn, asked by the writing thread.
+            learners: what gives the sections that others learn, asked by the writing thread
+                and by ``settle``.
         """
-        self._hot_set, self._sections, self._learners = hot_set, sections, learners or {}
+        self._hot_set, self._sections = hot_set, sections
+        self._learners = Learners(learners or {}, self._complaints.say)
         self._recording = True
         atexit.register(self.close)
         self._drainer.start()
@@ -126,6 +130,8 @@ class Recorder:
         """
         if not self._recording:
             return
+        if num_tokens:
+            self._learners.wake()  # A step without tokens may come to a worker that sleeps.
         tensors = [self._step_log.tokens(num_tokens)] if num_tokens else []
         if num_tokens and positions_T is not None:
             tensors.append(positions_T)
@@ -134,9 +140,10 @@ class Recorder:
             self._ring.put(rows.without_tokens(), [])
 
     def settle(self) -> None:
-        """Empty the ring; waits for the device."""
+        """Empty the ring and read nothing until the next tokens; waits for the device."""
         if self._recording:
             self._empty_ring()
+        self._learners.rest()
 
     def close(self) -> None:
         """Write all that was recorded and end the threads. Idempotent."""
@@ -212,7 +219,7 @@ class Recorder:
 
     def _save_warm_start(self) -> None:
         try:
-            learned = {name: section() for name, section in self._learners.items()}
+            learned = self._learners.sections()
             self._warm_start.save({**self._sections, **learned, SECTION: self._hot_set.section()})
         except OSError as error:
             self._complaints.say(f"cannot write {self._warm_start.path}: {error.strerror or error}")
@@ -242,5 +249,7 @@ class _Inbox:
 
 
 def _ring_bytes(step_log: StepLog) -> int:
-    largest = step_log.tokens(step_log.max_tokens)
-    return max(RING_BYTES, RING_STEPS * largest.numel() * largest.element_size())
+    tokens = step_log.max_tokens
+    # Positions come with the ids where the host does not know them.
+    largest = entry_bytes([step_log.tokens(tokens).nbytes, tokens * torch.int64.itemsize])
+    return max(RING_BYTES, RING_STEPS * largest)

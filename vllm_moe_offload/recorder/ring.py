@@ -1,7 +1,7 @@
 """Ring: a bounded queue of small tensors on the device, which one thread fills and one empties."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ class _Entry:
 class DeviceRing:
     """Tensors wait here until the host has time for them.
 
+    An entry lies in one piece, and what is left over at the end of the ring is skipped. Where
+    nothing waits there is room for whatever the ring can hold at all, see ``entry_bytes``.
+
     Offsets grow for ever and wrap around when they are used, so that the one that fills and the
     one that empties each write one number and need no lock.
 
@@ -65,7 +68,8 @@ class DeviceRing:
     @property
     def waiting_bytes(self) -> int:
         """Room that is taken."""
-        return self._written - self._read
+        # What was skipped where nothing waited comes on top of what an entry takes.
+        return min(self._written - self._read, self.num_bytes)
 
     def put(self, tag: Any, tensors: Sequence[Tensor]) -> bool:
         """Queue copies of tensors on the current stream, or do nothing if there is no room.
@@ -78,7 +82,7 @@ class DeviceRing:
             Whether there was room.
         """
         parts, end = self._place(tensors)
-        if end - self._read > self.num_bytes:
+        if not self._has_room(parts, end):
             return False
         for part, tensor in zip(parts, tensors, strict=True):
             target = self._buffer[part.start : part.stop].view(part.dtype)
@@ -102,7 +106,7 @@ class DeviceRing:
     def _place(self, tensors: Sequence[Tensor]) -> tuple[list[_Part], int]:
         """Lay tensors out behind what was written last, in one piece."""
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        total = sum(_aligned(size) for size in sizes)
+        total = entry_bytes(sizes)
         start = self._written % self.num_bytes
         skipped = self.num_bytes - start if start + total > self.num_bytes else 0
         start = 0 if skipped else start
@@ -111,6 +115,14 @@ class DeviceRing:
             parts.append(_Part(start, start + size, tensor.dtype, tuple(tensor.shape)))
             start += _aligned(size)
         return parts, self._written + skipped + total
+
+    def _has_room(self, parts: Sequence[_Part], end: int) -> bool:
+        if not parts:
+            return True
+        if self._written == self._read:
+            # Nobody reads any byte of the ring, so that those skipped are free as well.
+            return _aligned(parts[-1].stop) <= self.num_bytes
+        return end - self._read <= self.num_bytes
 
     def _fetch(self, entries: Sequence[_Entry]) -> None:
         """Bring the bytes of the entries to the host in as few copies as possible."""
@@ -122,6 +134,11 @@ class DeviceRing:
             for start, stop in _runs([part for entry in entries for part in entry.parts]):
                 self._host[start:stop].copy_(self._buffer[start:stop], non_blocking=True)
         self._stream.synchronize()
+
+
+def entry_bytes(sizes: Iterable[int]) -> int:
+    """Bytes that an entry takes whose tensors have these sizes."""
+    return sum(_aligned(size) for size in sizes)
 
 
 def _aligned(size: int) -> int:
