@@ -65,54 +65,19 @@ class Sample:
     @classmethod
     def parse(cls, text: str, now: float) -> Self | None:
         """Read the text of ``/metrics``; None if it has nothing of the plugin."""
-        totals: defaultdict[tuple[str, str], float] = defaultdict(float)
-        workers: dict[tuple[str, str, str], float] = {}
-        policies: dict[str, str] = {}
-        links = 0
+        totals = _Totals()
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                name, labels = sample.name, sample.labels
-                totals[name, ""] += sample.value
-                if not name.startswith(PREFIX):
-                    continue
-                if "layer" in labels:
-                    totals[name, labels["layer"]] += sample.value
-                if "cause" in labels:
-                    totals[name, f"cause {labels['cause']}"] += sample.value
-                worker = tuple(labels.get(key, "") for key in ("model_name", "engine", "worker"))
-                if name == f"{PREFIX}snapshot_timestamp_seconds":
-                    workers[worker[0], worker[1], worker[2]] = sample.value
-                links += name == f"{PREFIX}pcie_bytes_per_second"
-                if name == f"{PREFIX}policy_info":
-                    policies |= {k: v for k, v in labels.items() if k not in _IDENTITY}
+                totals.add(sample.name, sample.labels, sample.value)
+        own, workers = totals.own, totals.counted_at
         if not workers:
             return None
-
-        def total(name: str, part: str = "") -> float:
-            return totals[name, part]
-
-        def own(name: str, part: str = "") -> float:
-            return totals[PREFIX + name, part]
-
-        names = {part for name, part in totals if name == f"{PREFIX}slots" and part}
-        causes = [
-            part
-            for name, part in totals
-            if name == f"{PREFIX}bytes_total" and part.startswith("cause ")
-        ]
+        all_links_known = totals.links == len(workers)
         return cls(
             time=now,
             counted_at=min(workers.values()),
-            layers={
-                layer: LayerSample(
-                    own("hits_total", layer),
-                    own("misses_total", layer),
-                    own("resident_experts", layer),
-                    own("slots", layer),
-                )
-                for layer in sorted(names, key=_order)
-            },
-            bytes_by_cause={c.removeprefix("cause "): own("bytes_total", c) for c in causes},
+            layers=totals.layers(),
+            bytes_by_cause=totals.bytes_by_cause(),
             transfer_seconds=own("transfer_seconds_total"),
             prefetched=own("prefetched_total"),
             prefetch_hits=own("prefetch_hits_total"),
@@ -123,14 +88,68 @@ class Sample:
             boundary_block=own("boundary_block"),
             kv_blocks=own("kv_blocks"),
             workers=len(workers),
-            link_bytes_per_s=own("pcie_bytes_per_second") if links == len(workers) else None,
-            policies=policies,
+            link_bytes_per_s=own("pcie_bytes_per_second") if all_links_known else None,
+            policies=totals.policies,
             models=tuple(sorted({model for model, _, _ in workers})),
-            generated_tokens=total("vllm:generation_tokens_total"),
-            prompt_tokens=total("vllm:prompt_tokens_total"),
-            running=total("vllm:num_requests_running"),
-            waiting=total("vllm:num_requests_waiting"),
+            generated_tokens=totals.whole("vllm:generation_tokens_total"),
+            prompt_tokens=totals.whole("vllm:prompt_tokens_total"),
+            running=totals.whole("vllm:num_requests_running"),
+            waiting=totals.whole("vllm:num_requests_waiting"),
         )
+
+
+class _Totals:
+    """The samples of all workers added up: each as a whole, by layer and by cause.
+
+    ``counted_at`` and ``links`` tell of the workers when each counted, and how many know their
+    link's rate.
+    """
+
+    def __init__(self) -> None:
+        self.counted_at: dict[tuple[str, str, str], float] = {}
+        self.links = 0
+        self.policies: dict[str, str] = {}
+        self._sums: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._causes: set[str] = set()
+        self._layers: set[str] = set()
+
+    def add(self, name: str, labels: Mapping[str, str], value: float) -> None:
+        """Take a sample of anybody's."""
+        self._sums[name, ""] += value
+        if not name.startswith(PREFIX):
+            return
+        if layer := labels.get("layer"):
+            self._sums[name, layer] += value
+            self._layers |= {layer} if name == f"{PREFIX}slots" else set()
+        if cause := labels.get("cause"):
+            self._sums[name, f"cause {cause}"] += value
+            self._causes |= {cause} if name == f"{PREFIX}bytes_total" else set()
+        if name == f"{PREFIX}snapshot_timestamp_seconds":
+            model, engine, worker = (labels.get(key, "") for key in _IDENTITY)
+            self.counted_at[model, engine, worker] = value
+        self.links += name == f"{PREFIX}pcie_bytes_per_second"
+        if name == f"{PREFIX}policy_info":
+            self.policies |= {k: v for k, v in labels.items() if k not in _IDENTITY}
+
+    def whole(self, name: str) -> float:
+        """All samples of a name."""
+        return self._sums[name, ""]
+
+    def own(self, name: str, part: str = "") -> float:
+        """Those of the plugin's, or of a layer or a cause alone."""
+        return self._sums[PREFIX + name, part]
+
+    def layers(self) -> dict[str, LayerSample]:
+        """Every layer that has slots, in their order."""
+        names = ("hits_total", "misses_total", "resident_experts", "slots")
+        return {
+            layer: LayerSample(*(self.own(name, layer) for name in names))
+            for layer in sorted(self._layers, key=_order)
+        }
+
+    def bytes_by_cause(self) -> dict[str, float]:
+        """What was moved."""
+        return {c: self.own("bytes_total", f"cause {c}") for c in sorted(self._causes)}
 
 
 _IDENTITY = ("model_name", "engine", "worker")
