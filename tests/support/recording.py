@@ -101,7 +101,9 @@ def run_on_a_full_disk(directory, kind):
     wait_for(lambda: len(recorded(directory)) == steps.position)
     steps.recorder.close()
     print(json.dumps({
-        "lines": lines, "before": len(saved), "same": saved == while_full, "slowest": slowest,
+        "lines": lines, "before": len(saved), "slowest": slowest,
+        # A save in the middle of the steps may still have fitted.
+        "same": saved == while_full[: len(saved)],
         "order": recorded(directory) == [p % EXPERTS for p in range(steps.position)],
         "leftovers": [n for n in os.listdir(directory) if n.endswith(".part")],
     }))  # fmt: skip
