@@ -19,13 +19,15 @@ import triton.language as tl
 
 @triton.jit
 def code_scale(raw):
-    """Turn stored scales into float32; bytes are powers of two (E8M0)."""
+    """Turn stored scales into float32; bytes are powers of two (E8M0), signed ones are e4m3."""
     if raw.dtype == tl.uint8:
         exponent = raw.to(tl.uint32)
         # 2^-127 is below the normal range, and 255 stands for NaN.
         bits = tl.where(exponent == 0, 0x400000, exponent << 23)
         bits = tl.where(exponent == 255, 0x7FC00000, bits)
         scale = bits.to(tl.float32, bitcast=True)
+    elif raw.dtype == tl.int8:
+        scale = e4m3(raw)
     else:
         scale = raw.to(tl.float32)
     return scale
@@ -87,7 +89,7 @@ def e2m1(code):
 
 @triton.jit
 def e4m3(code):
-    """Decode 8-bit floats of weights to float32 on machines that have none."""
+    """Decode the bits of 8-bit floats to float32 on machines that have none."""
     code = code.to(tl.uint32)
     bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
