@@ -135,7 +135,7 @@ def test_markov_halves_its_counts_before_they_are_too_large(is_first_idle):
     factor = MOST_TOKENS // int(tables.tokens)  # just not enough
     counts = (tables.count_LEE, tables.use_LE, tables.tokens)
     for table in counts:
-        table *= factor
+        table.mul_(factor)
     if is_first_idle:
         tables.tokens.zero_()
         tables.use_LE[0].zero_()
