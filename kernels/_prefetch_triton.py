@@ -35,7 +35,7 @@ def add_counter(counters, place: tl.constexpr, count):
 
 @triton.jit
 def judge(active_E, ahead, slot_of_E, stamp_of_S, counters, E: tl.constexpr, E2: tl.constexpr):
-    """Count what came true, and let go first what was fetched in vain."""
+    """Count what came true, and stamp what was fetched in vain so that it goes first under LRU."""
     expert = tl.arange(0, E2)
     ahead_E = tl.load(ahead + expert, mask=expert < E, other=0).to(tl.int32)
     # Without a guess there is nothing to count: the first layer never has one.
