@@ -19,13 +19,15 @@ import triton.language as tl
 
 @triton.jit
 def code_scale(raw):
-    """Turn stored scales into float32; bytes are powers of two (E8M0)."""
+    """Turn stored scales into float32; bytes are powers of two (E8M0), signed ones are e4m3."""
     if raw.dtype == tl.uint8:
         exponent = raw.to(tl.uint32)
         # 2^-127 is below the normal range, and 255 stands for NaN.
         bits = tl.where(exponent == 0, 0x400000, exponent << 23)
         bits = tl.where(exponent == 255, 0x7FC00000, bits)
         scale = bits.to(tl.float32, bitcast=True)
+    elif raw.dtype == tl.int8:
+        scale = e4m3(raw)
     else:
         scale = raw.to(tl.float32)
     return scale
@@ -33,20 +35,19 @@ def code_scale(raw):
 
 _EXPONENTS = tl.constexpr(
     """{
-    .reg .b32 most, t, u;
-    mov.b32 most, 0x00A000A0;
+    .reg .b32 t, u;
     prmt.b32 t, $2, 0, 0x4140;
     prmt.b32 u, $2, 0, 0x4342;
-    min.u16x2 t, t, most;
-    min.u16x2 u, u, most;
     mad.lo.u32 $0, t, 128, 0x2F002F00;
     mad.lo.u32 $1, u, 128, 0x2F002F00;
     }"""
 )
-"""PTX from four bytes to 2^(min(byte, 160) - 33) of each: 94 is added and shifted by 7.
+"""PTX from four bytes, of at most 160, to 2^(byte - 33) of each: 94 is added and shifted by 7.
 
 In PTX because the compiler brings bytes to the threads that need them, not what becomes of them:
-every scale would be converted where it is used.
+every scale would be converted where it is used. Larger bytes give infinity or some number and leave
+their neighbours alone, for sums stay below 2^16: to keep them within bounds would take two more
+instructions, and serve no checkpoint.
 """
 
 
@@ -55,8 +56,8 @@ def scale_as(raw, ELEMENTS: tl.constexpr, dtype: tl.constexpr):
     """Turn stored scales into what 4-bit codes are multiplied by in ``dtype``.
 
     For e2m1 in bfloat16 that is the scale times 2^94: the code is taken for its value times 2^-126,
-    and ``of_sums`` gives the sums the rest. Bytes are moved as exponents. Scales above 2^33, which
-    no checkpoint is loaded with, count as 2^33.
+    and ``of_sums`` gives the sums the rest. Bytes are moved as exponents: those of NaN and of more
+    than 2^33, which no checkpoint is loaded with, become anything.
     """
     if ELEMENTS == "e2m1" and dtype == tl.bfloat16:
         if raw.dtype == tl.uint8:
@@ -88,7 +89,7 @@ def e2m1(code):
 
 @triton.jit
 def e4m3(code):
-    """Decode 8-bit floats of weights to float32 on machines that have none."""
+    """Decode the bits of 8-bit floats to float32 on machines that have none."""
     code = code.to(tl.uint32)
     bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120

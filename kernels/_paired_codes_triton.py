@@ -27,7 +27,7 @@ def per_group(
     """
     GROUPS: tl.constexpr = (BLOCK_K + SCALE_TERMS - 1) // SCALE_TERMS
     group = first // SCALE_TERMS + tl.arange(0, GROUPS)
-    EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty == tl.uint8 else 0.0
+    EMPTY: tl.constexpr = 0 if tensor.dtype.element_ty.is_int() else 0.0
     if TERMS % BLOCK_K == 0:
         tile_GN = tl.load(tensor + row[None, :] + group[:, None])
     else:

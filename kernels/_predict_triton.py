@@ -85,6 +85,8 @@ def eam_demand(
         row = counts + tl.maximum(chosen, 0) * N + matrix
         product += tl.load(row, mask=(matrix >= 0) & (chosen >= 0), other=0).to(tl.int32)
         count += (chosen >= 0).to(tl.int32)
+    # With few matrices several threads read the same: all have before one writes it.
+    tl.debug_barrier()
     tl.store(products + token * N + matrix, product)
     stored = tl.load(size)
     similarity = product.to(tl.float32) * tl.load(inverse_norm + matrix)
@@ -174,12 +176,15 @@ def learn_transitions_kernel(
         chosen = tl.load(own + pair, mask=pair < num_tokens * K, other=-1)
         uses_E += tl.histogram(tl.maximum(chosen, 0), E2, mask=chosen >= 0)
     place = layer * E + expert
-    tl.store(use + place, tl.load(use + place, mask=inside, other=0) + uses_E, mask=inside)
+    use_E = tl.load(use + place, mask=inside, other=0) + uses_E
     recent_E = tl.load(recent + place, mask=inside, other=0)
     recent_E = ((recent_E * RECENT_FADE) >> RECENT_BITS) + RECENT_GAIN * (uses_E > 0).to(tl.int32)
-    tl.store(recent + place, recent_E, mask=inside)
     prior_E = tl.load(prior + place, mask=inside, other=0)
     prior_E += tl.load(of_recent + (recent_E >> RECENT_CHOICE_SHIFT))
+    # Every thread has read the tables before any thread writes them.
+    tl.debug_barrier()
+    tl.store(use + place, use_E, mask=inside)
+    tl.store(recent + place, recent_E, mask=inside)
     tl.store(bias + place, prior_E, mask=inside)
     if layer == 0:
         tl.store(tokens, tl.load(tokens) + num_active)

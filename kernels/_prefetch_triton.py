@@ -35,7 +35,7 @@ def add_counter(counters, place: tl.constexpr, count):
 
 @triton.jit
 def judge(active_E, ahead, slot_of_E, stamp_of_S, counters, E: tl.constexpr, E2: tl.constexpr):
-    """Count what came true, and let go first what was fetched in vain."""
+    """Count what came true, and stamp what was fetched in vain so that it goes first under LRU."""
     expert = tl.arange(0, E2)
     ahead_E = tl.load(ahead + expert, mask=expert < E, other=0).to(tl.int32)
     # Without a guess there is nothing to count: the first layer never has one.
@@ -47,6 +47,8 @@ def judge(active_E, ahead, slot_of_E, stamp_of_S, counters, E: tl.constexpr, E2:
         add_counter(counters, PREFETCH_HITS, tl.sum((fetched_E & active_E).to(tl.int32), 0))
         slot_E = tl.load(slot_of_E + expert, mask=expert < E, other=-1)
         wasted_E = fetched_E & ~active_E & (slot_E >= 0)
+        # Every thread has read the marks before any thread clears them.
+        tl.debug_barrier()
         tl.store(stamp_of_S + slot_E, tl.full([E2], -1, tl.int64), mask=wasted_E)
         tl.store(ahead + expert, tl.zeros([E2], tl.int8), mask=expert < E)
 
@@ -85,6 +87,8 @@ def fetch(
         fetched = wanted & (place < num_fetched)
         victim = tl.gather(victims, tl.where(fetched, place, 0), 0)
         evicted = tl.gather(expert_S, victim, 0)
+        # Every thread has read the tables before any thread writes them.
+        tl.debug_barrier()
         # An evicted expert had a slot and a fetched one had none, so these two never collide.
         tl.store(slot_of_E + evicted, tl.full([E2], -1, tl.int32), mask=fetched & (evicted >= 0))
         tl.store(slot_of_E + of_guess, victim, mask=fetched)
@@ -142,6 +146,8 @@ def look_ahead_kernel(
                     )
             else:
                 demand_E = tl.load(demand + expert, mask=expert < E, other=0)
+                # With few experts several threads read the same: all have before one clears it.
+                tl.debug_barrier()
                 tl.store(demand + expert, tl.zeros([E2], tl.int32), mask=expert < E)
             fetch(
                 demand_E, tl.sum(active_E.to(tl.int32), 0), rows,

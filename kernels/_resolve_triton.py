@@ -125,6 +125,8 @@ def resolve_kernel(
     totals = tl.load(counters + counter)
 
     count_E = tl.zeros([E2], tl.int32)
+    # Counting has threads wait for each other, and without pairs no table changes: so every thread
+    # has read the tables before any thread writes them.
     for first in range(0, num_ids, COUNT_CHUNK):
         pair = first + tl.arange(0, COUNT_CHUNK)
         count_E += count_experts(load_ids(ids, pair, num_ids, E), E2)

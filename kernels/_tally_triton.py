@@ -32,4 +32,6 @@ def tally_kernel(
     steps = tl.where(counter == 3, num_streams, steps)
     steps = tl.where(counter == 4, moved - num_streams, steps)
     totals = tl.load(counters + counter, mask=counter < 5, other=0)
+    # Every thread has read the counters before any thread writes them.
+    tl.debug_barrier()
     tl.store(counters + counter, totals + steps, mask=counter < 5)

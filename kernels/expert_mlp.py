@@ -158,14 +158,12 @@ def expert_mlp(
     weight_on_input: bool = False,
     dispatch: Dispatch | None = None,
     config: TileConfig | None = None,
-    hidden_PI: Tensor | None = None,
 ) -> None:
     """Do what ``expert_mlp_torch`` does, in two launches of grouped products.
 
     Both products are summed in float32 and rounded once, the first after its activation.
     ``dispatch`` holds the same ids sorted in blocks of ``config.block_m``; None sorts them here.
-    Without a ``config`` the tiles are those of ``tile_config``. ``hidden_PI`` is contiguous
-    scratch between the products, of the type of ``x_TH``.
+    Without a ``config`` the tiles are those of ``tile_config``.
     """
     num_pairs, num_experts = ids_TK.numel(), row_of_E.numel()
     (_, columns, hidden), intermediate = weights.w13_SNH.shape, weights.w2_SHI.shape[2]
@@ -178,8 +176,7 @@ def expert_mlp(
         sort_pairs(ids_TK, dispatch)
     assert dispatch.block_m == config.block_m, "pairs were sorted for other tiles"
     weight_P = weight_TK.reshape(-1)
-    if hidden_PI is None:
-        hidden_PI = x_TH.new_empty(num_pairs, intermediate)
+    hidden_PI = x_TH.new_empty(num_pairs, intermediate)
     blocks = max_blocks(num_pairs, num_experts, config.block_m)
     lists = (
         dispatch.sorted_pair, dispatch.expert_of_block, dispatch.num_blocks, row_of_E, num_pairs

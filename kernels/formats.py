@@ -146,7 +146,7 @@ def _values(matrix: QuantisedMatrix, form: ExpertFormat, row: int) -> Tensor:
 
 def _scale_values(scale: Tensor) -> Tensor:
     if scale.dtype == torch.uint8:
-        return torch.exp2(scale.double() - 127).float()
+        return torch.exp2(scale.double() - 127).masked_fill(scale == 255, torch.nan).float()
     return scale.float()
 
 

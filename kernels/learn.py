@@ -92,7 +92,7 @@ class AdaptiveTables:
     """Device state of the policy. Layers with fewer than E experts leave the end of a row alone.
 
     What resolve shares, see ``EvictionOrder``: ``slot_of_LE``, ``use_LE``, ``rank_LRE`` and
-    ``row_L``, and ``slots_L`` (int32), the slots that are open.
+    ``row_L``. ``slots_L`` (int32) are the slots that are open.
 
     ``average_LFE`` (float32) holds the averages of an expert's use, faded for the next step.
     ``history_LE`` (int8) has bit ``n`` set where an expert was used ``n`` steps ago, and
@@ -184,7 +184,6 @@ class AdaptiveTables:
             use_E=self.use_LE[layer, :num_experts],
             rank_RE=self.rank_LRE[layer, :, :num_experts],
             row=self.row_L[layer : layer + 1],
-            num_slots=self.slots_L[layer : layer + 1],
         )
 
 

@@ -76,10 +76,11 @@ def look_ahead_torch(
     """Judge what was done ahead for this layer, and do the same for the layer after it.
 
     Runs when this layer has been resolved and the layer after it has not. What was fetched for this
-    layer and not read is made the oldest of the residents. Then the experts of the following layer
-    are ordered by expected demand, the lower expert first among equals. As many of them as this
-    layer reads are its guess. Those of the guess that have no slot and a demand of ``LEAST_DEMAND``
-    get one, up to the number of rows; they take empty slots and those of residents that are not
+    layer and not read gets the stamp of the oldest resident, so that it goes first under LRU; the
+    order of another policy takes no notice of stamps. Then the experts of the following layer are
+    ordered by expected demand, the lower expert first among equals. As many of them as this layer
+    reads are its guess. Those of the guess that have no slot and a demand of ``LEAST_DEMAND`` get
+    one, up to the number of rows; they take empty slots and those of residents that are not
     guessed, in the order in which resolve would, so none of more demand goes. Their slots are
     stamped as if read in the layer's last step, so the coming one evicts none that it reads. The
     loads are listed in the following layer's work list until its own resolve overwrites it: they
@@ -113,7 +114,7 @@ def look_ahead_torch(
 
 
 def _judge(active_E: Tensor, own: LayerAhead) -> None:
-    """Count what came true, and let go first what was fetched in vain."""
+    """Count what came true, and stamp what was fetched in vain so that it goes first under LRU."""
     guessed_E = (own.ahead_E & Ahead.GUESSED) != 0
     fetched_E = (own.ahead_E & Ahead.FETCHED) != 0
     counters = own.work.counters

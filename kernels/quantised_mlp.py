@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_moe_offload.kernels import gpu
 from vllm_moe_offload.kernels._quantise_triton import quantise_pairs_kernel, quantise_rows_kernel
 from vllm_moe_offload.kernels._quantised_mlp_triton import (
     quantised_down_kernel,
@@ -338,7 +339,7 @@ def _arguments(
     assert fits, "scales would cross tiles"
     assert form.inputs != "group" or form.scale_terms == block_k, "activations need these tiles"
     tensors = (
-        codes, *codes.stride()[:2], *_rows_of(matrix.zero, 2), matrix.scale,
+        codes, *codes.stride()[:2], *_rows_of(matrix.zero, 2), _readable(matrix.scale),
         *matrix.scale.stride()[:2], *_rows_of(matrix.global_scale, 1),
         *_rows_of(_column(matrix.input_scale), 1), *_rows_of(matrix.bias, 1),
     )  # fmt: skip
@@ -347,6 +348,12 @@ def _arguments(
         "SCALE_ROWS": form.scale_rows or rows // matrix.scale.shape[1],
         "SCALE_TERMS": scale_terms,
     }  # fmt: skip
+
+
+def _readable(scale: Tensor) -> Tensor:
+    """Scales in a type that kernels take on their device: signed bytes stand for e4m3."""
+    is_unknown = scale.dtype == torch.float8_e4m3fn and not gpu.has_e4m3(scale.device)
+    return scale.view(torch.int8) if is_unknown else scale
 
 
 def _column(tensor: Tensor | None) -> Tensor | None:

@@ -75,15 +75,13 @@ class EvictionOrder:
     The resident of the lowest rank goes first: ``rank_RE`` (int32, from 0 up, no two of a row the
     same) holds several orders, of which row ``row`` (int32, one element) counts. Resolve only
     reads them. It writes ``use_E`` (int8, ``Use``) in steps that may evict. ``slot_of_E`` (int32)
-    is the layer's table of slots, kept with the policy so that it sees all layers at once;
-    ``num_slots`` (int32, one element) says how many of them are open.
+    is the layer's table of slots, kept with the policy so that it sees all layers at once.
     """
 
     rank_RE: Tensor
     row: Tensor
     use_E: Tensor
     slot_of_E: Tensor
-    num_slots: Tensor
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def damaged_scales(form: ExpertFormat, views: dict[str, Tensor]) -> list[Damage]
 
 def _tests(form: ExpertFormat, scales: Tensor) -> list[tuple[str, Tensor]]:
     if scales.dtype == torch.uint8:
-        # The products apply no scale above 2^33, see kernels/_decode_triton.py.
+        # The products have no room for scales above 2^33, see kernels/_decode_triton.py.
         huge = (scales > 160) & (scales < 255)
         return [("NaN", (scales == 255).any(1)), ("a scale above 2^33", huge.any(1))]
     values = scales.float()

@@ -32,6 +32,7 @@ from vllm_moe_offload.engine import OffloadEngine
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels import activation
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
+from vllm_moe_offload.kernels.gpu import has_e4m3
 from vllm_moe_offload.layout import ExpertLayout
 from vllm_moe_offload.offloaded_layer import LayerSpec, Routing
 from vllm_moe_offload.schemes import Scheme, refusal, scheme_of
@@ -103,7 +104,7 @@ def _mix(method: Any, mixin: type, engine: OffloadEngine, prefix: str) -> None:
 
 
 def _multiplies_e4m3(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return has_e4m3(device)
 
 
 class OffloadMixin(FusedMoEMethodBase):

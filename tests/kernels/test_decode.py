@@ -51,7 +51,6 @@ def executed(operation: str, a: int, *others: int) -> int:
         "shr": lambda: a >> others[0],
         "prmt": lambda: permute(a, *others),
         "lop3": lambda: bitwise(a, *others),
-        "min": lambda: min(a & 0xFFFF, others[0] & 0xFFFF) | min(a >> 16, others[0] >> 16) << 16,
         "mul": lambda: a * others[0] & 0xFFFFFFFF,
         "mad": lambda: (a * others[0] + others[1]) & 0xFFFFFFFF,
     }[kind]()
@@ -126,12 +125,24 @@ def test_4_bit_floats(of, exponent, odd, apart):
 
 def test_scales_of_4_bit_floats():
     """The range is that of bfloat16 less 2^32 at its lower end, and ends at 2^33."""
-    scales = decoded(_EXPONENTS.value, torch.bfloat16)
-    exponent = torch.arange(256).clamp(max=160) - 127
-    assert torch.equal(scales, torch.exp2((exponent + 94).double()))
+    scales = decoded(_EXPONENTS.value, torch.bfloat16)[:161]
+    assert torch.equal(scales, torch.exp2((torch.arange(161) - 127 + 94).double()))
     for exponent in (-92, 0, 33):
         scale = twice(2.0 ** (exponent + 94), torch.bfloat16)
         values = (
             decoded(_floats("bf16", odd=False, apart=True), torch.bfloat16, scale, scale) * 2.0**32
         )
         assert sorted(set(values.tolist())) == sorted({v * 2.0**exponent for v in E2M1})
+
+
+@pytest.mark.parametrize("byte", [161, 162, 254, 255])
+def test_scales_that_no_checkpoint_holds_leave_their_neighbours_alone(byte):
+    """Made-up weights may hold any bytes."""
+    for place in range(4):
+        bytes_ = [1, 127, 160, 0]
+        bytes_[place] = byte
+        word = int.from_bytes(bytes(bytes_), "little")
+        scales = torch.cat([halves(half, torch.bfloat16) for half in run(_EXPONENTS.value, word)])
+        expected = torch.exp2(torch.tensor(bytes_).double() - 33)
+        others = [n for n in range(4) if n != place]
+        assert torch.equal(scales[others], expected[others])

@@ -126,7 +126,6 @@ def random_order(case: Case, device) -> EvictionOrder:
         row=torch.randint(2, (1,), dtype=torch.int32).to(device),
         use_E=torch.zeros(experts, dtype=torch.int8, device=device),
         slot_of_E=torch.zeros(experts, dtype=torch.int32, device=device),
-        num_slots=torch.full((1,), case.num_slots, dtype=torch.int32, device=device),
     )
 
 

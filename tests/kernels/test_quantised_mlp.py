@@ -14,6 +14,7 @@ from formats_of_tests import FORMATS, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_moe_offload.kernels import gpu
 from vllm_moe_offload.kernels._decode_triton import code_scale, e2m1
 from vllm_moe_offload.kernels.activation import Activation
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch
@@ -259,3 +260,37 @@ def test_activations_are_rounded_as_the_format_says(rows, width, inputs, exponen
     assert rounded.scale_TG is not None
     assert torch.equal(rounded.scale_TG, scale)
     assert torch.equal(rounded.x_TH.float(), codes.float())
+
+
+@pytest.mark.parametrize("hidden", [16, 208])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_scales_of_8_bits_without_the_type(hidden, swapped, device, monkeypatch):
+    """GPUs without e4m3 read its bits, which changes none of a result's."""
+    form = FORMATS["nvfp4"]
+    case = Case(seed=5, form=form, hidden=hidden, dtype=torch.bfloat16, swapped=swapped)
+    tensors, config = make(case, device), small_tiles(case)
+    results = []
+    for has_e4m3 in (True, False):
+        monkeypatch.setattr(gpu, "has_e4m3", lambda _, has=has_e4m3: has)
+        results.append(tensors.poisoned_out())
+        quantised_mlp(
+            tensors.x_TH, tensors.weight_TK, tensors.ids_TK, tensors.row_of_E, tensors.weights,
+            case.activation, results[-1], config=config,
+        )  # fmt: skip
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+    assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+
+
+@triton.jit
+def e4m3_kernel(bits, values):
+    place = tl.arange(0, 256)
+    tl.store(values + place, code_scale(tl.load(bits + place)))
+
+
+def test_every_scale_of_8_bits_without_the_type(device):
+    bits = torch.arange(256, dtype=torch.int16, device=device).to(torch.int8)
+    values = torch.empty(256, device=device)
+    e4m3_kernel[(1,)](bits, values)
+    expected = bits.view(torch.float8_e4m3fn).float()
+    assert torch.equal(values.isnan(), expected.isnan())
+    assert torch.equal(values.nan_to_num(), expected.nan_to_num())

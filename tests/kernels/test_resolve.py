@@ -81,7 +81,6 @@ def random_order(case: Case, device: torch.device) -> EvictionOrder:
         row=torch.randint(rows, (1,)).int().to(device),
         use_E=torch.full((experts,), POISON, dtype=torch.int8, device=device),
         slot_of_E=torch.full((experts,), POISON, dtype=torch.int32, device=device),
-        num_slots=torch.full((1,), POISON, dtype=torch.int32, device=device),
     )
 
 

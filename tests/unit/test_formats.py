@@ -106,6 +106,7 @@ def test_every_scale_of_mxfp4():
     for exponent in range(255):
         decoded = dequantise(QuantisedMatrix(codes, scale), form, exponent)
         assert set(decoded.flatten().tolist()) == {2.0 ** (exponent - 127)}
+    assert bool(dequantise(QuantisedMatrix(codes, scale), form, 255).isnan().all())
 
 
 @given(

@@ -12,7 +12,7 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.fixed_point import FRACTION_BITS
 from vllm_moe_offload.kernels.predict import demand_torch
 from vllm_moe_offload.predictors.eam import EamPredictor
-from vllm_moe_offload.predictors.figures import REFRESH, WINDOW
+from vllm_moe_offload.predictors.figures import MOST_TOKENS, REFRESH, WINDOW
 from vllm_moe_offload.predictors.gate import GatePredictor
 from vllm_moe_offload.predictors.markov import MarkovPredictor
 from vllm_moe_offload.predictors.sizes import table_bytes
@@ -123,6 +123,36 @@ def test_markov_makes_its_table_seldom(monkeypatch):
     for _ in range(4 * REFRESH):
         predictor.refresh()
     assert made == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
+
+
+@pytest.mark.parametrize("is_first_idle", [False, True])
+def test_markov_halves_its_counts_before_they_are_too_large(is_first_idle):
+    """Tokens may choose none of a worker's experts in the first layer."""
+    trace = random_trace(5, tokens=200, layers=3, experts=8)
+    predictor = make("markov", trace)
+    learn(predictor, trace)
+    tables = predictor.tables
+    factor = MOST_TOKENS // int(tables.tokens)  # just not enough
+    counts = (tables.count_LEE, tables.use_LE, tables.tokens)
+    for table in counts:
+        table.mul_(factor)
+    if is_first_idle:
+        tables.tokens.zero_()
+        tables.use_LE[0].zero_()
+        tables.use_LE[1, 2] = MOST_TOKENS - 1
+    before = [table.clone() for table in counts]
+    predictor.make_evidence()
+    assert all(torch.equal(*pair) for pair in zip(counts, before, strict=True))
+
+    evidence_LEE, prior_LE = tables.evidence_LEE.clone(), tables.prior_LE.clone()
+    (tables.use_LE[1, 2:3] if is_first_idle else tables.tokens).fill_(MOST_TOKENS)
+    before = [table.clone() for table in counts]
+    predictor.make_evidence()
+    assert all(torch.equal(now, was >> 1) for now, was in zip(counts, before, strict=True))
+    if not is_first_idle:
+        is_seen_LEE = tables.count_LEE > 0
+        assert int((tables.evidence_LEE - evidence_LEE)[is_seen_LEE].abs().max()) <= 1
+        assert int((tables.prior_LE - prior_LE).abs().max()) <= 1
 
 
 def test_eam_collects_windows_of_rows():

@@ -21,6 +21,9 @@ LEAST_PRIOR = 1e-4
 REFRESH = 64
 """Steps after which counts reach the table that predictions are read from."""
 
+MOST_TOKENS = 1 << 30
+"""Tokens that are counted before all counts are halved, so that they fit 31 bits."""
+
 CAPACITY = 256
 """Activation matrices kept by default; MoE-Infinity's authors find that hundreds suffice."""
 

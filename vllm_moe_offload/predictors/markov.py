@@ -6,7 +6,7 @@ The K experts of layer l are taken as independent evidence for each expert f of 
 
 Both probabilities come from counts; the prior also from the recent past, which is what makes counts
 from one task useful on another. The counts are on the device, where each step adds to them; from
-time to time they are turned into a table of logarithms.
+time to time they are turned into a table of logarithms, and halved where they have become large.
 
 Legend: L layers, M tokens, K choices a token, E experts, H hidden size.
 """
@@ -27,6 +27,7 @@ from vllm_moe_offload.kernels.predict import MarkovTables, powers
 from vllm_moe_offload.predictors.figures import (
     LEAST_PRIOR,
     LIFETIME_WEIGHT,
+    MOST_TOKENS,
     RECENT_FLOOR,
     RECENT_WEIGHT,
     REFRESH,
@@ -81,6 +82,7 @@ class MarkovPredictor:
 
     def make_evidence(self) -> None:
         """Turn the counts into the logarithms that predictions are read from."""
+        self._halve_large_counts()
         tables = self.tables
         uses_LE = tables.use_LE.float()
         prior_LE = (uses_LE / tables.tokens.clamp(min=1)).clamp(min=LEAST_PRIOR)
@@ -91,6 +93,15 @@ class MarkovPredictor:
         tables.prior_LE.copy_(_fixed(LIFETIME_WEIGHT * prior_LE.log2()))
         choice_LE = tables.recent_LE >> (RECENT_BITS - RECENT_CHOICE_BITS)
         tables.bias_LE.copy_(tables.prior_LE + tables.of_recent[choice_LE.long()])
+
+    def _halve_large_counts(self) -> None:
+        """Keep counts within their 32 bits; the host is not asked whether they are large."""
+        tables = self.tables
+        # A worker with some of the experts may see tokens that choose none of its first layer.
+        most = torch.maximum(tables.tokens, tables.use_LE.max())
+        shift = (most >= MOST_TOKENS).int()
+        for counts in (tables.count_LEE, tables.use_LE, tables.tokens):
+            counts.bitwise_right_shift_(shift)
 
     def forget(self) -> None:
         """Begin with nothing counted, see ``Predictor``."""
