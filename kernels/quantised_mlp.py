@@ -85,7 +85,8 @@ class QuantisedWeights:
 
     def tiles(self, num_experts: int, num_pairs: int, dtype: torch.dtype) -> QuantisedTiles:
         """Tiles for a layer's experts and a step's pairs, see ``kernels.quantised_tiles``."""
-        return quantised_tiles(self.format, num_experts, num_pairs, dtype)
+        shared_bytes = gpu.shared_bytes(self.w13.codes.device)
+        return quantised_tiles(self.format, num_experts, num_pairs, dtype, shared_bytes)
 
 
 def quantised_mlp_torch(
@@ -202,7 +203,7 @@ def quantised_mlp(
     if num_pairs == 0 or weights.num_rows == 0:
         return
     if config is None:
-        config = quantised_tiles(form, num_experts, num_pairs, x_TH.dtype)
+        config = weights.tiles(num_experts, num_pairs, x_TH.dtype)
     if dispatch is None:
         dispatch = Dispatch.empty(num_pairs, num_experts, config.block_m, x_TH.device)
         sort_pairs(ids_TK, dispatch)

@@ -12,6 +12,10 @@ import torch
 
 from vllm_moe_offload.kernels.expert_mlp import TileConfig
 from vllm_moe_offload.kernels.formats import ExpertFormat
+from vllm_moe_offload.kernels.gpu import MOST_SHARED_BYTES
+
+STATIC_BYTES = 128 * 1024
+"""Shared memory of the largest tiles whose activations come in 16 bits and are rounded inside."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,20 @@ class QuantisedTiles(TileConfig):
 
 
 def quantised_tiles(
-    form: ExpertFormat, num_experts: int, num_pairs: int, dtype: torch.dtype
+    form: ExpertFormat,
+    num_experts: int,
+    num_pairs: int,
+    dtype: torch.dtype,
+    shared_bytes: int = MOST_SHARED_BYTES,
 ) -> QuantisedTiles:
-    """Choose tiles from shapes alone: what is resident may not change a result's bits.
+    """Choose tiles from shapes and the GPU: what is resident may not change a result's bits.
 
     Args:
         form: how the weights are stored.
         num_experts: E.
         num_pairs: P, active or not.
         dtype: of the hidden states.
+        shared_bytes: shared memory that a program may have.
     """
     pairs_per_expert = num_pairs / num_experts
     if dtype == torch.float32:
@@ -52,6 +61,8 @@ def quantised_tiles(
     if form.inputs == "group":
         # Sums of a group stand in registers beside those of all groups.
         return QuantisedTiles(64, 128, block_k, 8, 4, 3)
+    if form.inputs == "static" and shared_bytes < STATIC_BYTES:
+        block_k = _terms(form, 64)
     return QuantisedTiles(128, 128, block_k, 8, 8, 3)
 
 
