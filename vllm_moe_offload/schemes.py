@@ -146,9 +146,10 @@ def _plain(*parts: str, **named: str) -> dict[str, str]:
     return {f"{m}_{kind}": f"{m}_{ending}" for m in ("w13", "w2") for kind, ending in kinds.items()}
 
 
-def _power_of_two(value: int, prefix: str, what: str) -> None:
-    if value not in _GROUPS:
-        listed = ", ".join(map(str, _GROUPS))
+def _power_of_two(value: int, prefix: str, what: str, least: int = _GROUPS[0]) -> None:
+    sizes = [size for size in _GROUPS if size >= least]
+    if value not in sizes:
+        listed = ", ".join(map(str, sizes))
         raise refusal(value, prefix, f"{what} are supported in sizes of {listed} alone")
 
 
@@ -157,7 +158,8 @@ def _power_of_two(value: int, prefix: str, what: str) -> None:
 
 def _fp8_block(shape: Any, scale: str, prefix: str, rounds_inputs: bool) -> Scheme:
     rows, terms = shape
-    _power_of_two(terms, prefix, "blocks of fp8 scales")
+    # Rounded activations are multiplied 32 terms at a time, and sums have one scale.
+    _power_of_two(terms, prefix, "blocks of fp8 scales", least=32 if rounds_inputs else 16)
     form = ExpertFormat(
         "fp8", "e4m3", torch.float32, scale_rows=rows, scale_terms=terms,
         inputs="group" if rounds_inputs else None,

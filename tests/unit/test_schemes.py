@@ -144,6 +144,12 @@ def test_a_row_holds_what_travels_alone():
             {"quant_config": config(is_checkpoint_fp8_serialized=False)},
             "not quantised itself",
         ),
+        (
+            "Fp8MoEMethod",
+            {"quant_config": config(is_checkpoint_fp8_serialized=True),
+             "block_quant": True, "moe_block_shape": [16, 16]},
+            "sizes of 32, 64, 128 alone",
+        ),
     ],
 )  # fmt: skip
 def test_refusals(kind, attributes, named):
