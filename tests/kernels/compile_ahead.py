@@ -23,6 +23,7 @@ import torch
 from triton import AsyncCompileMode, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime._async_compile import FutureKernel
 
 from vllm_moe_offload.kernels import (
     compilation,
@@ -155,7 +156,9 @@ class Builds:
         for target, kernel, purpose, build in self._builds:
             shared, error = None, None
             try:
-                shared = build.metadata.shared
+                # A build that was asked for before is not in the future any more.
+                done = build.result() if isinstance(build, FutureKernel) else build
+                shared = done.metadata.shared
             except Exception as problem:
                 error = str(problem)[:2000]
             yield {"target": target.capability, "kernel": kernel, "purpose": purpose,

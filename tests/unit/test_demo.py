@@ -18,7 +18,7 @@ from vllm_moe_offload.demo.server import Server, command, environment, free_port
 
 # Answers like vLLM, at once. --plugin with FAKE_SHIFT in the environment gives other tokens.
 FAKE_SERVER = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 plugin = "--plugin" in sys.argv
@@ -30,10 +30,17 @@ print("(APIServer pid=1) INFO 11-23 18:03:38 [x.py:1] child", child.pid, flush=T
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def reply(self, content, status=200):
+        sent = json.dumps(content).encode()
         self.send_response(status)
+        self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
+        self.wfile.write(sent)
+        if status == 500:  # as uvicorn does after an exception, unannounced
+            time.sleep(0.2)
+            self.close_connection = True
 
     def do_GET(self):
         self.reply({}, 200 if self.path == "/health" else 404)

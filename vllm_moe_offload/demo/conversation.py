@@ -114,19 +114,23 @@ class Outcome:
 
 async def ask(url: str, requests: Sequence[Request], with_stats: bool) -> Outcome:
     """Send all requests at once, chats as completions if the model cannot chat."""
-    async with httpx.AsyncClient(
-        base_url=url, timeout=_ANSWER_TIMEOUT_S, trust_env=False
-    ) as client:
-        # The first requests pay for what is set up late; they are not part of the figures.
+    # The first requests pay for what is set up late; they are not part of the figures. A server
+    # closes the connection of a request that it fails at, so the others get new ones.
+    async with _client(url) as client:
         await _answer(client, Request("Hello", is_chat=False), max_tokens=4)
         if not await _can_chat(client):
             requests = [replace(request, is_chat=False) for request in requests]
+    async with _client(url) as client:
         before = await _stats(client) if with_stats else {}
         start = time.monotonic()
         answers = await asyncio.gather(*(_answer(client, r, TOKENS_PER_ANSWER) for r in requests))
         seconds = time.monotonic() - start
         after = await _stats(client) if with_stats else {}
     return Outcome(answers, seconds, _since(before, after))
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=_ANSWER_TIMEOUT_S, trust_env=False)
 
 
 async def _answer(client: httpx.AsyncClient, request: Request, max_tokens: int) -> Answer:
