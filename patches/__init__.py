@@ -22,6 +22,7 @@ SEAMS = {
     "routed_experts": "vllm.model_executor.layers.fused_moe.routed_experts",
     "moe_runner": "vllm.model_executor.layers.fused_moe.runner.moe_runner",
     "model_loader": "vllm.model_executor.model_loader.base_loader",
+    "dummy_weights": "vllm.model_executor.model_loader.dummy_loader",
     "block_pool": "vllm.v1.core.block_pool",
     "scheduler": "vllm.v1.core.sched.scheduler",
     "kv_layout": "vllm.v1.worker.worker_base",

@@ -105,3 +105,12 @@ def test_dummy_weights(path, monkeypatch):
     monkeypatch.setattr(layer, "damaged_weights", lambda _: pytest.fail("nothing was loaded"))
     with engine(path, "qwen3_moe", load_format="dummy", **offloaded(cache_fraction=0.5)) as llm:
         assert len(tokens(generate(llm, PROMPTS, 4))[0]) == 4
+        ours = llm.apply_model(_expert_weights)
+    with engine(path, "qwen3_moe", load_format="dummy") as llm:
+        assert ours == llm.apply_model(_expert_weights)
+
+
+def _expert_weights(model):
+    experts = {n: w for n, w in model.named_parameters() if n.endswith(("w13_weight", "w2_weight"))}
+    assert experts and all(w.count_nonzero() > w.numel() // 2 for w in experts.values())
+    return {name: w.double().sum().item() for name, w in experts.items()}
