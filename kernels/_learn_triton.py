@@ -11,7 +11,7 @@ import triton.language as tl
 from vllm_moe_offload.kernels import candidates
 
 R = tl.constexpr(candidates.CANDIDATES + 1)
-AS_LRU = tl.constexpr(candidates.CANDIDATES)
+AS_LRU = tl.constexpr(candidates.AS_LRU)
 LRU = tl.constexpr(candidates.LRU)
 F = tl.constexpr(len(candidates.FADES))  # written out below, one by one: no list in a kernel
 FAINT = tl.constexpr(candidates.FAINT)
@@ -26,6 +26,7 @@ NUM_SOON = tl.constexpr(len(candidates.SOON))
 LAST_SOON = tl.constexpr(candidates.SOON[-1])
 HISTORY = tl.constexpr((1 << (candidates.SOON[-1] + 1)) - 1)
 FIRST = tl.constexpr(candidates.FIRST)
+LOWER_FIRST = tl.constexpr(candidates.LOWER_FIRST)
 VOTE_FADE = tl.constexpr(candidates.VOTE_FADE)
 SWITCH_MARGIN = tl.constexpr(candidates.SWITCH_MARGIN)
 HIT = tl.constexpr(candidates.HIT)
@@ -34,7 +35,7 @@ DEVIATION_PRICE = tl.constexpr(candidates.DEVIATION_PRICE)
 STRIDE = tl.constexpr(candidates.STRIDE)
 
 N = tl.constexpr(16)
-HITS, ACTIVE, DEVIATION, SLOTS = (tl.constexpr(8 + n) for n in range(4))
+HITS, ACTIVE, DEVIATION, SLOTS, CONTESTED = (tl.constexpr(8 + n) for n in range(5))
 """Figures of a layer: first the hits of each candidate's cache, then these."""
 
 CHUNK = tl.constexpr(64)
@@ -124,19 +125,23 @@ def adopt(held_RE, cached_E, num_slots, num_active):
 
 
 @triton.jit
-def admit(active_E, held_RE, rank_RE, num_slots):
-    """Return the candidates' caches after the step, each evicting by its own order."""
+def admit(active_E, held_RE, rank_RE, expert, row, num_slots):
+    """Return the candidates' caches after the step, each by its own order.
+
+    Either all of the missing come, and some of the evictable stay, or some come and none stays.
+    """
     active_RE = active_E[None, :]
     missing_RE, evictable_RE = active_RE & ~held_RE, held_RE & ~active_RE
     room_R = num_slots - count_in_rows(held_RE)
-    num_evictable_R = count_in_rows(evictable_RE)
-    needed_R = tl.maximum(count_in_rows(missing_RE) - room_R, 0)
-    num_victims_R = tl.minimum(needed_R, num_evictable_R)
-    position_RE = tl.cumsum(missing_RE.to(tl.int32), 1)
-    comes_RE = missing_RE & (position_RE <= (room_R + num_victims_R)[:, None])
-    key_RE = tl.where(evictable_RE, rank_RE, -1)
-    stays_RE = key_RE >= least_of_first(key_RE, num_evictable_R - num_victims_R)[:, None]
-    return stays_RE | (held_RE & active_RE) | comes_RE
+    left_R = room_R + count_in_rows(evictable_RE) - count_in_rows(missing_RE)
+    all_come_R1 = (left_R >= 0)[:, None]
+    num_staying_R = tl.minimum(left_R, count_in_rows(evictable_RE))
+    num_chosen_R = tl.where(left_R >= 0, num_staying_R, left_R + count_in_rows(missing_RE))
+    by_id_RE = ((row == LRU)[:, None] & ~all_come_R1) & (expert >= 0)[None, :]
+    rank_RE = tl.where(by_id_RE, (expert ^ LOWER_FIRST)[None, :], rank_RE)
+    key_RE = tl.where(tl.where(all_come_R1, evictable_RE, missing_RE), rank_RE, -1)
+    chosen_RE = key_RE >= least_of_first(key_RE, num_chosen_R)[:, None]
+    return chosen_RE | (held_RE & active_RE) | (missing_RE & all_come_R1)
 
 
 @triton.jit
@@ -179,7 +184,8 @@ def learn_layers_kernel(
     held_RE = (held_E[None, :] >> row[:, None]) & 1 != 0
     held_RE = adopt(held_RE, cached_E, num_slots, num_active)
     hits_R = count_in_rows(held_RE & active_E[None, :])
-    held_RE = admit(active_E, held_RE, rank_RE, num_slots) & (row != AS_LRU)[:, None]
+    held_RE = admit(active_E, held_RE, rank_RE, expert, row, num_slots)
+    held_RE = held_RE & (row != AS_LRU)[:, None]
     held_E = tl.sum(held_RE.to(tl.int32) << row[:, None], 0)
     lru_E = (held_E >> LRU) & 1
 
@@ -193,7 +199,10 @@ def learn_layers_kernel(
     rank_RE = ranks(recency_E, mixed_RE, expected_E, active_E, expert, row)
     rank_RE += (row == AS_LRU).to(tl.int32)[:, None] * lru_E[None, :] * FIRST
 
-    more_R = tl.where(row == HITS - R, count(active_E & cached_E), num_slots)
+    num_hits = count(active_E & cached_E)
+    contested = tl.where(num_active > num_slots, num_slots - num_hits, 0)
+    more_R = tl.where(row == HITS - R, num_hits, num_slots)
+    more_R = tl.where(row == CONTESTED - R, contested, more_R)
     more_R = tl.where(row == ACTIVE - R, num_active, more_R)
     more_R = tl.where(row == DEVIATION - R, count((lru_E != 0) & (slot_E < 0)), more_R)
     tl.store(figures + layer * N + row, hits_R)
@@ -244,6 +253,7 @@ def choose_kernel(figures, votes, standing, row_of_L, L):
         balance = tl.minimum(balance + lead * HIT + active * LOSS_RATE, ceiling)
         turn = (turn + STRIDE) % L
     deviation = figure(total_N, DEVIATION)
+    more = 1 + figure(total_N, CONTESTED) // L
     # Every thread has read the standing before any thread writes it.
     tl.debug_barrier()
     tl.store(votes + n, votes_N * VOTE_FADE, mask=is_vote & (active > 0))
@@ -252,6 +262,6 @@ def choose_kernel(figures, votes, standing, row_of_L, L):
     tl.store(standing + 2, turn)
     for first in range(0, L, CHUNK):
         place = first + layer
-        is_free = (1 + (place + turn) % L + deviation) * DEVIATION_PRICE <= balance
+        is_free = ((1 + (place + turn) % L) * more + deviation) * DEVIATION_PRICE <= balance
         chosen = tl.where(is_free, leader, AS_LRU)
         tl.store(row_of_L + place, chosen.to(tl.int32), mask=place < L)

@@ -9,6 +9,7 @@ that no two threads meet in memory: what one thread computes another gets throug
 import triton
 import triton.language as tl
 
+from vllm_moe_offload.kernels import candidates
 from vllm_moe_offload.kernels._dispatch_triton import (
     count_experts,
     first_blocks,
@@ -16,6 +17,10 @@ from vllm_moe_offload.kernels._dispatch_triton import (
     place_pairs,
     write_blocks,
 )
+
+LRU, AS_LRU = tl.constexpr(candidates.LRU), tl.constexpr(candidates.AS_LRU)
+FIRST = tl.constexpr(candidates.FIRST)
+LOWER_FIRST = tl.constexpr(candidates.LOWER_FIRST)
 
 
 @triton.jit
@@ -48,6 +53,19 @@ def oldest_first(
 
 
 @triton.jit
+def most_wanted(missing_E, num_loads, rank, rank_stride, rank_row, E2: tl.constexpr):
+    """Choose who of the missing experts gets a slot, if not all do: see ``entry_rank``."""
+    expert, row = tl.arange(0, E2), tl.load(rank_row)
+    rank_E = tl.load(rank + row * rank_stride + expert, mask=missing_E, other=-1)
+    by_id_E = (rank_E & FIRST) | (expert ^ LOWER_FIRST)
+    is_by_id = (row == LRU) | (row == AS_LRU)
+    key_E = tl.where(missing_E & is_by_id, by_id_E, rank_E)
+    is_least_E = expert == E2 - num_loads
+    least = tl.sum(tl.where(is_least_E, tl.sort(key_E), 0), 0)
+    return missing_E & (key_E >= least) & (num_loads > 0)
+
+
+@triton.jit
 def replace(
     missing_E, num_missing, free_S, expert_S, stamp_S, now,
     slot_of_E, expert_of_S, stamp_of_S,
@@ -57,37 +75,45 @@ def replace(
 ):  # fmt: skip
     """Give the missing experts the free slots, oldest first.
 
-    Returns how many got one, which slot each got or -1, and each one's place among the missing.
+    Returns how many got one, which slot each got or -1, and each one's place among those.
     """
     expert = tl.arange(0, E2)
     num_loads = tl.minimum(num_missing, tl.sum(free_S.to(tl.int32), 0))
     victims = oldest_first(free_S, expert_S, stamp_S, rank, rank_stride, rank_row, E2, S2)
 
-    rank_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
-    loaded_E = missing_E & (rank_E < num_loads)
-    victim_E = tl.gather(victims, tl.where(loaded_E, rank_E, 0), 0)
+    place_E = tl.cumsum(missing_E.to(tl.int32), 0) - 1
+    loaded_E = missing_E & (place_E < num_loads)
+    stream_E = place_E - num_loads
+    if rank is not None:  # noqa: SIM102 - known when it is compiled
+        # Sorting is dear, and few sequences seldom miss more than there are slots to give.
+        if num_missing > num_loads:
+            loaded_E = most_wanted(missing_E, num_loads, rank, rank_stride, rank_row, E2)
+            num_loaded_E = tl.cumsum(loaded_E.to(tl.int32), 0)
+            stream_E = place_E - num_loaded_E
+            place_E = num_loaded_E - 1
+    victim_E = tl.gather(victims, tl.where(loaded_E, place_E, 0), 0)
     evicted_E = tl.gather(expert_S, victim_E, 0)
     # An evicted expert had a slot and a loaded one had none, so these two never collide.
     tl.store(slot_of_E + evicted_E, -1, mask=loaded_E & (evicted_E >= 0))
     tl.store(slot_of_E + expert, victim_E, mask=loaded_E)
     tl.store(expert_of_S + victim_E, expert, mask=loaded_E)
     tl.store(stamp_of_S + victim_E, tl.zeros_like(victim_E).to(tl.int64) + now, mask=loaded_E)
-    tl.store(load_expert + rank_E, expert, mask=loaded_E)
-    tl.store(load_slot + rank_E, victim_E, mask=loaded_E)
-    tl.store(stream_expert + rank_E - num_loads, expert, mask=missing_E & ~loaded_E)
-    return num_loads, tl.where(loaded_E, victim_E, -1), rank_E
+    tl.store(load_expert + place_E, expert, mask=loaded_E)
+    tl.store(load_slot + place_E, victim_E, mask=loaded_E)
+    tl.store(stream_expert + stream_E, expert, mask=missing_E & ~loaded_E)
+    return num_loads, tl.where(loaded_E, victim_E, -1), place_E
 
 
 @triton.jit
 def write_arrivals(
-    arrival, hit_E, slot_E, given_E, rank_E, num_loads, E: tl.constexpr, PARTS: tl.constexpr
+    arrival, hit_E, slot_E, given_E, place_E, num_loads, E: tl.constexpr, PARTS: tl.constexpr
 ):
     """Write a row of slots for the experts at hand, and one for each part of the loads."""
     expert = tl.arange(0, hit_E.shape[0])
     tl.store(arrival + expert, tl.where(hit_E, slot_E, -1), mask=expert < E)
     for part in tl.static_range(PARTS):
         first, stop = num_loads * part // PARTS, num_loads * (part + 1) // PARTS
-        in_part_E = (given_E >= 0) & (rank_E >= first) & (rank_E < stop)
+        in_part_E = (given_E >= 0) & (place_E >= first) & (place_E < stop)
         row = arrival + (part + 1) * E + expert
         tl.store(row, tl.where(in_part_E, given_E, -1), mask=expert < E)
 
@@ -143,7 +169,7 @@ def resolve_kernel(
         tl.store(use + expert, use_E.to(tl.int8), mask=expert < E)
 
     num_loads = 0
-    given_E, rank_E = tl.full([E2], -1, tl.int32), tl.zeros([E2], tl.int32)
+    given_E, place_E = tl.full([E2], -1, tl.int32), tl.zeros([E2], tl.int32)
     # All experts resident is the common case of a good cache, and sorting is the dear part.
     if num_missing > 0:
         if EVICT:
@@ -151,7 +177,7 @@ def resolve_kernel(
             free_S = (stamp_S < now) & ~(read_S & (expert_S >= 0))
         else:
             free_S = expert_S == -1
-        num_loads, given_E, rank_E = replace(
+        num_loads, given_E, place_E = replace(
             missing_E, num_missing, free_S & (slot < S), expert_S, stamp_S, now,
             slot_of_E, expert_of_S, stamp_of_S, load_expert, load_slot, stream_expert,
             rank, rank_stride, rank_row, E2, S2,
@@ -165,7 +191,7 @@ def resolve_kernel(
     tl.store(counters + counter, totals + steps)
 
     if arrival is not None:
-        write_arrivals(arrival, hit_E, slot_E, given_E, rank_E, num_loads, E, PARTS)
+        write_arrivals(arrival, hit_E, slot_E, given_E, place_E, num_loads, E, PARTS)
 
     if sorted_pair is not None:
         first_E, blocks_E = first_blocks(count_E, BLOCK_M)

@@ -43,6 +43,9 @@ SEQUEL = 1 + len(MIXTURES)
 
 CANDIDATES = 1 + SEQUEL
 
+AS_LRU = CANDIDATES
+"""The order after the candidates': what LRU's cache does not hold goes first, oldest first."""
+
 OPENING_LEADER = 4
 """Who is followed at the start: half of the mid-term average and half of the long one."""
 
@@ -91,3 +94,6 @@ MAX_AGE = (1 << 20) - 2
 
 FIRST = 1 << 30
 """Added to a rank it puts an expert before all without it."""
+
+LOWER_FIRST = FIRST - 1
+"""An expert's id, every bit of which is turned by this, ranks the lower the higher the id is."""

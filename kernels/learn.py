@@ -22,6 +22,10 @@ LRU does not hold, oldest first, which never adds to the deviation. So a wrong l
 ``LOSS_RATE`` of the accesses, and gains pay for more freedom. The balance has a ceiling, so that no
 gain of yesterday pays for long losses of today.
 
+A step of many sequences may miss more experts than the slots that it can give away. By the leader's
+order they compete for those, by LRU's the lower ids get them. Such a step can make the cache differ
+from LRU's in all of these slots at once, and the price counts them.
+
 Legend: L layers, E experts (the most of any layer), R orders of a layer (the candidates, and last
 the one that follows LRU's cache), M candidates, F averages of a use, S slots, N figures of a layer,
 A the (layer, expert) pairs that something holds for.
@@ -41,6 +45,7 @@ from vllm_moe_offload.kernels._learn_triton import (
     learn_sequels_kernel,
 )
 from vllm_moe_offload.kernels.candidates import (
+    AS_LRU,
     CANDIDATES,
     DEVIATION_PRICE,
     EXPERT_BITS,
@@ -65,10 +70,13 @@ from vllm_moe_offload.kernels.candidates import (
     SWITCH_MARGIN,
     VOTE_FADE,
 )
-from vllm_moe_offload.kernels.resolve import MAX_EXPERTS, NOWHERE, EvictionOrder, Use
-
-AS_LRU = CANDIDATES
-"""The last order: what LRU's cache does not hold goes first, oldest first."""
+from vllm_moe_offload.kernels.resolve import (
+    MAX_EXPERTS,
+    NOWHERE,
+    EvictionOrder,
+    Use,
+    entry_rank,
+)
 
 ORDERS = CANDIDATES + 1
 
@@ -216,7 +224,8 @@ def learn_torch(tables: AdaptiveTables) -> None:
     held_LME = _admitted(tables, held_LME, active_LE)
     expected_LE = _note_sequels(tables, active_LE, reads_L1)
     _take_in(tables, active_LE, held_LME, expected_LE, reads_L1)
-    tables.row_L.copy_(_rows(tables, held_LME[:, LRU]))
+    contested = _contested(active_LE, cached_LE, tables.slots_L)
+    tables.row_L.copy_(_rows(tables, held_LME[:, LRU], contested))
     tables.use_LE.zero_()
 
 
@@ -249,9 +258,12 @@ def _admitted(tables: AdaptiveTables, held_LME: Tensor, active_LE: Tensor) -> Te
     room_LM = tables.slots_L[:, None] - held_LME.sum(2)
     most_LM = evictable_LME.sum(2)
     victims_LM = (missing_LME.sum(2) - room_LM).clamp(min=0).minimum(most_LM)
-    rank_LME = torch.where(evictable_LME, tables.rank_LRE[:, :AS_LRU], 2 * FIRST - 1)
-    evicted_LME = evictable_LME & (_position(rank_LME) < victims_LM[..., None])
-    gets_slot_LME = missing_LME & (missing_LME.cumsum(2) <= (room_LM + victims_LM)[..., None])
+    rank_LME = tables.rank_LRE[:, :AS_LRU]
+    leaving_LME = _position(torch.where(evictable_LME, rank_LME, 2 * FIRST - 1))
+    evicted_LME = evictable_LME & (leaving_LME < victims_LM[..., None])
+    entry_LME = entry_rank(tables.rank_LRE)[:, :AS_LRU]
+    coming_LME = _position(torch.where(missing_LME, -entry_LME, 1))
+    gets_slot_LME = missing_LME & (coming_LME < (room_LM + victims_LM)[..., None])
     return (held_LME & ~evicted_LME) | gets_slot_LME
 
 
@@ -316,12 +328,19 @@ def _mixed(tables: AdaptiveTables, average_LFE: Tensor) -> Tensor:
     return total_LRE
 
 
-def _rows(tables: AdaptiveTables, lru_LE: Tensor) -> Tensor:
+def _contested(active_LE: Tensor, cached_LE: Tensor, slots_L: Tensor) -> Tensor:
+    """Count the slots for which more experts were missing than could have one."""
+    left_L = slots_L - (active_LE & cached_LE).sum(1)
+    return left_L[active_LE.sum(1) > slots_L].sum()
+
+
+def _rows(tables: AdaptiveTables, lru_LE: Tensor, contested: Tensor) -> Tensor:
     """Order by which each layer evicts, [L]: the leader's as far as the balance reaches."""
     balance, leader, turn = tables.standing.unbind()
     deviation = (lru_LE & (tables.slot_of_LE == NOWHERE)).sum()
+    more = 1 + contested // tables.num_layers
     turn_L = (torch.arange(tables.num_layers, device=lru_LE.device) + turn) % tables.num_layers
-    is_free_L = DEVIATION_PRICE * (1 + turn_L + deviation) <= balance
+    is_free_L = DEVIATION_PRICE * ((1 + turn_L) * more + deviation) <= balance
     return torch.where(is_free_L, leader, AS_LRU)
 
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from vllm_moe_offload.kernels._resolve_triton import resolve_kernel, wave_map_kernel
+from vllm_moe_offload.kernels.candidates import AS_LRU, FIRST, LOWER_FIRST, LRU
 from vllm_moe_offload.kernels.dispatch import RANK_CHUNK, Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.dispatch import dispatch as sort_pairs
 
@@ -214,9 +215,10 @@ def resolve_torch(
     A resident active expert is a hit and its slot is stamped with the clock. Missing experts, in
     ascending order, take the slots that this step does not read: empty ones first, then by the
     policy's order if the tables have one, else the oldest stamp first and the lower expert first
-    among equals, so that who stays does not depend on where it sits. Those left over are listed
-    as streams. With ``evict`` false only empty slots are given away, so that a sweep over many
-    tokens leaves the residents alone, and the policy is told nothing.
+    among equals, so that who stays does not depend on where it sits. If there are more of them than
+    such slots, those of the highest ``entry_rank`` get one, without an order the first ones; the
+    others are listed as streams. With ``evict`` false only empty slots are given away, so that a
+    sweep over many tokens leaves the residents alone, and the policy is told nothing.
 
     Args:
         ids_TK: routed local expert ids, any integer type; negative ids are inactive and cost
@@ -244,13 +246,14 @@ def resolve_torch(
     missing = torch.nonzero(active_E & ~hit_E).flatten()
     slots = replaceable_slots(tables, evict=evict)
     num_loads = min(missing.numel(), slots.numel())
-    assign(tables, missing[:num_loads], slots[:num_loads])
+    loads, streams = _most_wanted(missing, num_loads, tables.order if evict else None)
+    assign(tables, loads, slots[:num_loads])
 
-    write_entries(work.load_expert_E, work.num_loads, missing[:num_loads])
+    write_entries(work.load_expert_E, work.num_loads, loads)
     write_entries(work.load_slot_E, work.num_loads, slots[:num_loads])
-    write_entries(work.stream_expert_E, work.num_streams, missing[num_loads:])
+    write_entries(work.stream_expert_E, work.num_streams, streams)
     if slot_of_AE is not None:
-        _write_arrivals(slot_of_AE, tables, torch.nonzero(hit_E).flatten(), missing[:num_loads])
+        _write_arrivals(slot_of_AE, tables, torch.nonzero(hit_E).flatten(), loads)
     work.counters[Counter.ACTIVE] += active_E.sum()
     work.counters[Counter.HITS] += hit_E.sum()
     work.counters[Counter.LOADS] += num_loads
@@ -260,6 +263,29 @@ def resolve_torch(
         dispatch_torch(ids_TK, dispatch)
     if log is not None:
         log_torch(log)
+
+
+def entry_rank(rank_RE: Tensor) -> Tensor:
+    """Rank the experts of one layer as those of which some get a slot, the highest first.
+
+    Mostly as ``rank_RE`` does. Recency tells nothing about experts that are used all at once: the
+    orders by recency let in the lower ids, as LRU does without an order, the last of them first
+    what LRU's cache holds.
+    """
+    expert_E = torch.arange(rank_RE.shape[-1], dtype=rank_RE.dtype, device=rank_RE.device)
+    by_id_RE = (rank_RE & FIRST) | (expert_E ^ LOWER_FIRST)
+    row_R = torch.arange(rank_RE.shape[-2], device=rank_RE.device)
+    is_by_id_R = (row_R == LRU) | (row_R == AS_LRU)
+    return torch.where(is_by_id_R[:, None], by_id_RE, rank_RE)
+
+
+def _most_wanted(missing: Tensor, count: int, order: EvictionOrder | None) -> tuple[Tensor, Tensor]:
+    """Part the missing experts into those that get a slot and the others, both ascending."""
+    if order is None:
+        return missing[:count], missing[count:]
+    rank_RE = entry_rank(order.rank_RE)
+    by_rank = torch.argsort(rank_RE[order.row.long()].flatten()[missing], descending=True)
+    return missing[by_rank[:count].sort().values], missing[by_rank[count:].sort().values]
 
 
 def _write_arrivals(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.kernels.candidates import (
+    AS_LRU,
     CANDIDATES,
     EXPERT_BITS,
     FIRST,
@@ -22,7 +23,7 @@ from vllm_moe_offload.kernels.candidates import (
     SEQUEL_UNIT,
     SOON,
 )
-from vllm_moe_offload.kernels.learn import AS_LRU, ORDERS, AdaptiveTables, Standing
+from vllm_moe_offload.kernels.learn import ORDERS, AdaptiveTables, Standing
 from vllm_moe_offload.kernels.operations import Operations, operations_for
 from vllm_moe_offload.kernels.resolve import EvictionOrder
 

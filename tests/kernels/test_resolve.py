@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.kernels import resolve as module
+from vllm_moe_offload.kernels.candidates import AS_LRU, FIRST, LRU
 from vllm_moe_offload.kernels.dispatch import Dispatch, dispatch_torch
 from vllm_moe_offload.kernels.resolve import (
     CLOSED,
@@ -72,13 +73,15 @@ def routed(case: Case, device: torch.device) -> torch.Tensor:
 
 def random_order(case: Case, device: torch.device) -> EvictionOrder:
     """Rows of ranks, as a view of a table that is wider than the layer."""
-    experts, rows = case.num_experts, 3
+    experts, rows = case.num_experts, AS_LRU + 1
     wide = torch.full((rows, experts + 5), POISON, dtype=torch.int32)
     ranks = torch.randint(0, 2**20, (rows, experts)) * 1024 + torch.arange(experts)
+    ranks[AS_LRU] += FIRST * torch.randint(2, (experts,))
+    row = torch.tensor([LRU, 1, AS_LRU])[torch.randint(3, (1,))]
     wide[:, :experts] = ranks.int()
     return EvictionOrder(
         rank_RE=wide.to(device)[:, :experts],
-        row=torch.randint(rows, (1,)).int().to(device),
+        row=row.int().to(device),
         use_E=torch.full((experts,), POISON, dtype=torch.int8, device=device),
         slot_of_E=torch.full((experts,), POISON, dtype=torch.int32, device=device),
     )
@@ -142,6 +145,24 @@ def test_resolve_follows_the_order(device):
     resolve(torch.tensor([[5]], device=device), tables, work, evict=True)
     assert tables.expert_of_S.tolist() == [0, 1, 5]
     assert tables.order.use_E.tolist() == [2, 2, 2, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("row", "loads"), [(LRU, [1, 3]), (2, [3, 6]), (AS_LRU, [1, 6])])
+def test_missing_experts_compete_for_slots(device, row, loads):
+    case = Case(1, 8, 3, 9, (1, 1), 0.0, torch.int64, True, ordered=True)
+    order = random_order(case, device)
+    tables, work = ResidencyTables.empty(8, 3, device, order), WorkList.empty(8, device)
+    resolve(torch.tensor([[0, 2, 4]], device=device), tables, work, evict=True)
+    order.row.fill_(row)
+    ranks = torch.arange(8)
+    ranks[[1, 3, 6]] = torch.tensor([0, 2**29, 2**28])
+    order.rank_RE[2] = ranks
+    order.rank_RE[LRU] = ranks
+    order.rank_RE[AS_LRU] = ranks + FIRST * (ranks == 2**28)
+    resolve(torch.tensor([[6, 3, 1, 2]], device=device), tables, work, evict=True)
+    assert work.load_expert_E[: work.num_loads].tolist() == loads
+    assert work.stream_expert_E[: work.num_streams].tolist() == sorted({1, 3, 6} - set(loads))
+    assert sorted(tables.expert_of_S.tolist()) == sorted([2, *loads])
 
 
 def run_both(case: Case, device: torch.device, *, steps: int) -> None:

@@ -8,6 +8,7 @@ from vllm_moe_offload.kernels import candidates as rules
 class SlowLru:
     def __init__(self, experts):
         self.last, self.step = {}, 0
+        self.entry = [-expert for expert in range(experts)]
 
     def scores(self, tokens, resident):
         self.last |= {expert: self.step for ids in tokens for expert in ids}
@@ -59,7 +60,7 @@ class SlowBelady:
         return next((s for s in later if expert in self.future[s]), len(self.future))
 
 
-def slow_admit(resident, active, scores, slots, bypass=False):
+def slow_admit(resident, active, scores, slots, bypass=False, entry=None):
     """The rule of replacement on sets."""
     if bypass:
         kept = set(resident | active)
@@ -67,7 +68,8 @@ def slow_admit(resident, active, scores, slots, bypass=False):
             kept.remove(min(kept, key=lambda e: (scores[e], e)))
         return kept
     kept = set(resident)
-    for expert in sorted(active - resident):
+    entry = scores if entry is None else entry
+    for expert in sorted(active - resident, key=lambda e: (entry[e], e), reverse=True):
         if len(kept) >= slots:
             victims = resident & kept - active
             if not victims:
@@ -85,7 +87,8 @@ def slow_replay(steps, policy, slots):
         hits += sum(expert in resident for ids in tokens for expert in ids)
         load_hits += len(active & resident)
         scores = policy.scores(tokens, set(resident))
-        resident = slow_admit(resident, active, scores, slots, getattr(policy, "bypass", False))
+        bypass, entry = getattr(policy, "bypass", False), getattr(policy, "entry", None)
+        resident = slow_admit(resident, active, scores, slots, bypass, entry)
         assert len(resident) <= slots
     return hits, load_hits
 
@@ -104,6 +107,8 @@ class SlowAdaptive:
         self.balance = rules.OPENING_CREDIT * layers
         self.leader = rules.OPENING_LEADER
         self.step = 0
+        self.more = 1
+        self.by_id = [-expert for expert in range(experts)]
 
     def rank(self, candidate, layer, expert):
         """The higher, the longer it is kept; equal only where 13 bits of the mantissa are."""
@@ -131,15 +136,18 @@ class SlowAdaptive:
                 for layer, (here, rank) in enumerate(zip(resident, scores, strict=True))
             ]
             hits += sum(int(e) in fetched[la] for la, e in self._pairs(ids_TLK))
-            scores = self._scores(resident)
+            scores, entries = self._scores(resident)
             self._count_hits(active, resident)
             self._vote(active)
             for layer in range(self.layers):
                 for candidate, held in enumerate(self.held):
                     rank = [self.rank(candidate, layer, e) for e in range(self.experts)]
-                    held[layer] = slow_admit(held[layer], active[layer], rank, self.slots)
+                    entry = self.by_id if candidate == rules.LRU else rank
+                    held[layer] = slow_admit(
+                        held[layer], active[layer], rank, self.slots, entry=entry
+                    )
                 resident[layer] = slow_admit(
-                    fetched[layer], active[layer], scores[layer], self.slots
+                    fetched[layer], active[layer], scores[layer], self.slots, entry=entries[layer]
                 )
             self._learn(active)
         return hits
@@ -148,17 +156,20 @@ class SlowAdaptive:
         return [(la, e) for ids_LK in ids_TLK for la, ids in enumerate(ids_LK) for e in ids]
 
     def _scores(self, resident):
-        """What each layer evicts by, from what is known before the step."""
+        """What each layer evicts and lets in by, from what is known before the step."""
         lru = self.held[rules.LRU]
         deviation = sum(len(held - here) for held, here in zip(lru, resident, strict=True))
-        scores = []
+        scores, entries = [], []
         for layer in range(self.layers):
             turn = (layer + rules.STRIDE * self.step) % self.layers
-            price = rules.DEVIATION_PRICE * (1 + turn + deviation)
+            price = rules.DEVIATION_PRICE * ((1 + turn) * self.more + deviation)
             rank = [self.rank(self.leader, layer, e) for e in range(self.experts)]
             as_lru = [(e in lru[layer], last) for e, last in enumerate(self.last[layer])]
             scores.append(rank if price <= self.balance else as_lru)
-        return scores
+            entry = self.by_id if self.leader == rules.LRU else rank
+            held_first = [(e in lru[layer], -e) for e in range(self.experts)]
+            entries.append(entry if price <= self.balance else held_first)
+        return scores, entries
 
     def _count_hits(self, active, resident):
         for layer in range(self.layers):
@@ -168,6 +179,12 @@ class SlowAdaptive:
             self.balance += rules.HIT * len(active[layer] & resident[layer])
             self.balance -= rules.HIT * len(active[layer] & self.held[rules.LRU][layer])
             self.balance += rules.LOSS_RATE * len(active[layer])
+        left = [
+            self.slots - len(here & one)
+            for here, one in zip(resident, active, strict=True)
+            if len(one) > self.slots
+        ]
+        self.more = 1 + sum(left) // self.layers
         self.balance = min(self.balance, rules.HIT * self.layers * (self.slots + 1))
 
     def _vote(self, active):

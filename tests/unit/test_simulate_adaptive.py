@@ -155,7 +155,7 @@ def gains(trace, batch=1):
     return gained / ours.loads, gained / np.maximum(1, bound.load_hits_C - lru.load_hits_C)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", MADE)
 def test_never_far_below_lru(name, batch):
     assert gain(trace_of(MADE[name], EXPERTS, [TOKENS // 8] * 8), batch).min() >= -WORST
@@ -187,6 +187,13 @@ def test_static_popularity_is_learned():
     assert captured.min() > 0.15
 
 
+def test_missing_experts_compete_for_slots():
+    """A step of eight sequences reads more experts than the smallest cache has slots."""
+    above, captured = gains(trace_of(MADE["zipf"], EXPERTS, [TOKENS // 8] * 8), batch=8)
+    assert above[0] > 0.08
+    assert captured[0] > 0.7
+
+
 @pytest.mark.traces
 @pytest.mark.parametrize("name", TASKS)
 def test_recorded_tasks(name):
@@ -194,6 +201,17 @@ def test_recorded_tasks(name):
     assert above.min() > 0.015
     assert captured[0] > 0.135
     assert captured[1:].min() > 0.28
+
+
+@pytest.mark.traces
+@pytest.mark.parametrize("batch", [8, 32])
+@pytest.mark.parametrize("name", TASKS)
+def test_recorded_tasks_at_once(name, batch):
+    """Where a step misses more than it can give slots, it matters who gets one."""
+    above, captured = gains(load(*recorded(name)), batch)
+    assert above[:2].min() > 0.015 if batch == 8 else above.min() > 0.005
+    assert captured.min() > 0.1
+    assert captured[:2].min() > 0.25
 
 
 @pytest.mark.traces

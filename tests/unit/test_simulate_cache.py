@@ -7,6 +7,14 @@ from vllm_moe_offload.simulate.cache import admit
 
 
 @st.composite
+def rules(draw, experts, layers):
+    """Bypass, and scores of the layers by which missing experts compete."""
+    values = st.lists(st.integers(0, 4), min_size=experts, max_size=experts)
+    entry = draw(st.none() | st.lists(values, min_size=layers, max_size=layers))
+    return draw(st.booleans()), entry
+
+
+@st.composite
 def situations(draw):
     experts = draw(st.integers(1, 9))
     slots = draw(st.integers(0, experts))
@@ -16,7 +24,7 @@ def situations(draw):
     active = [draw(pick) for _ in range(layers)]
     scores = [draw(st.lists(st.integers(0, 4), min_size=experts, max_size=experts))
               for _ in range(layers)]  # fmt: skip
-    return experts, slots, resident, active, np.array(scores, float), draw(st.booleans())
+    return experts, slots, resident, active, np.array(scores, float), draw(rules(experts, layers))
 
 
 def mask(rows, experts):
@@ -25,13 +33,17 @@ def mask(rows, experts):
 
 @given(situations())
 def test_against_brute_force(situation):
-    experts, slots, resident, active, scores, bypass = situation
+    experts, slots, resident, active, scores, (bypass, entry) = situation
     before = mask(resident, experts)[None]
-    after = admit(before, mask(active, experts), scores, np.array([slots]), bypass=bypass)
+    entry_LE = None if entry is None else np.array(entry)
+    after = admit(
+        before, mask(active, experts), scores, np.array([slots]), entry_LE=entry_LE, bypass=bypass
+    )
     for layer in range(len(active)):
         expected = slow_admit(
-            set(resident[layer]), set(active[layer]), scores[layer], slots, bypass
-        )
+            set(resident[layer]), set(active[layer]), scores[layer], slots, bypass,
+            None if entry is None else entry[layer],
+        )  # fmt: skip
         assert set(np.flatnonzero(after[0, layer]).tolist()) == expected
     assert np.array_equal(before, mask(resident, experts)[None]), "the argument was changed"
 

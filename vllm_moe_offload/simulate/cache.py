@@ -15,20 +15,27 @@ Scores = NDArray[np.floating[Any] | np.integer[Any]]
 
 
 def admit(
-    resident_CLE: Bools, active_LE: Bools, score_LE: Scores, slots_C: Ints, *, bypass: bool = False
+    resident_CLE: Bools,
+    active_LE: Bools,
+    score_LE: Scores,
+    slots_C: Ints,
+    *,
+    entry_LE: Scores | None = None,
+    bypass: bool = False,
 ) -> Bools:
     """Give the active experts slots, and return who is resident afterwards.
 
     As ``kernels.resolve`` does: no active expert is a victim; the missing ones first take the
     empty slots, then those of the residents with the lowest score (the lower id first among
-    equals). If there are more missing experts than such slots, the ones with the lower ids
-    get them and the others pass through without a slot.
+    equals). If there are more missing experts than such slots, the ones with the highest entry
+    scores get them (the higher id among equals) and the others pass through without a slot.
 
     Args:
         resident_CLE: before the step, never more than the layer has slots.
         active_LE: experts that the step reads.
         score_LE: the higher, the longer an expert stays; [L, E] or [C, L, E].
         slots_C: slots of a layer for each cache size.
+        entry_LE: the higher, the sooner a missing expert gets a slot; None to go by the score.
         bypass: let active experts compete by their score too, so that some may pass through
             although a resident could be evicted.
     """
@@ -42,7 +49,8 @@ def admit(
     needed = active_LE.sum(-1) - num_hit - (slots_C[:, None] - num_resident)
     if (needed > num_evictable).any():
         room = slots_C[:, None] - num_hit
-        missing &= missing.cumsum(-1) <= room[..., None]
+        entry_LE = score_LE if entry_LE is None else entry_LE
+        missing = _without_lowest(missing, missing, entry_LE, missing.sum(-1) - room)
     victims = np.minimum(needed, num_evictable)
     return _without_lowest(resident_CLE | missing, evictable, score_LE, victims)
 

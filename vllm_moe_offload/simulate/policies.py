@@ -43,6 +43,9 @@ class Policy(Protocol):
 class Ranking:
     """A policy whose caches differ by nothing but their contents: it only scores the experts."""
 
+    entry_E: Ints | None = None
+    """Scores by which missing experts compete for the slots; None if those of ``rank`` decide."""
+
     bypass = False
     """Whether an active expert may pass through although a resident could be evicted."""
 
@@ -56,7 +59,14 @@ class Ranking:
     def replace(self, step: Step, resident_CLE: Bools, fetched_CLE: Bools) -> tuple[Bools, Scores]:
         """Evict by the scores."""
         score = self.rank(step, resident_CLE)
-        after = admit(fetched_CLE, step.active_LE, score, self.slots_C, bypass=self.bypass)
+        after = admit(
+            fetched_CLE,
+            step.active_LE,
+            score,
+            self.slots_C,
+            entry_LE=self.entry_E,
+            bypass=self.bypass,
+        )
         return after, score
 
 
@@ -67,9 +77,13 @@ def lower_id_first(score: Ints) -> Ints:
 
 
 class LruPolicy(Ranking):
-    """Least recently used, as ``kernels.resolve`` does it: hit for hit the same."""
+    """Least recently used, as ``kernels.resolve`` does it: hit for hit the same.
+
+    All missing experts are used now, so the lower ids get the slots.
+    """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.entry_E = -np.arange(num_experts)
         self.stamp_LE = np.full((num_layers, num_experts), -1)
         self._clock = 0
 
