@@ -200,7 +200,7 @@ def learn_layers_kernel(
     rank_RE += (row == AS_LRU).to(tl.int32)[:, None] * lru_E[None, :] * FIRST
 
     num_hits = count(active_E & cached_E)
-    contested = tl.where(num_active > num_slots, num_slots - num_hits, 0)
+    contested = tl.where(num_active > num_slots, tl.maximum(num_slots - num_hits, 0), 0)
     more_R = tl.where(row == HITS - R, num_hits, num_slots)
     more_R = tl.where(row == CONTESTED - R, contested, more_R)
     more_R = tl.where(row == ACTIVE - R, num_active, more_R)

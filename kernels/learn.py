@@ -330,7 +330,7 @@ def _mixed(tables: AdaptiveTables, average_LFE: Tensor) -> Tensor:
 
 def _contested(active_LE: Tensor, cached_LE: Tensor, slots_L: Tensor) -> Tensor:
     """Count the slots for which more experts were missing than could have one."""
-    left_L = slots_L - (active_LE & cached_LE).sum(1)
+    left_L = (slots_L - (active_LE & cached_LE).sum(1)).clamp(min=0)
     return left_L[active_LE.sum(1) > slots_L].sum()
 
 
