@@ -132,13 +132,13 @@ def admit(active_E, held_RE, rank_RE, expert, row, num_slots):
     """
     active_RE = active_E[None, :]
     missing_RE, evictable_RE = active_RE & ~held_RE, held_RE & ~active_RE
-    room_R = num_slots - count_in_rows(held_RE)
-    left_R = room_R + count_in_rows(evictable_RE) - count_in_rows(missing_RE)
+    num_evictable_R = count_in_rows(evictable_RE)
+    most_coming_R = num_slots - count_in_rows(held_RE) + num_evictable_R
+    left_R = most_coming_R - count_in_rows(missing_RE)
     all_come_R1 = (left_R >= 0)[:, None]
-    num_staying_R = tl.minimum(left_R, count_in_rows(evictable_RE))
-    num_chosen_R = tl.where(left_R >= 0, num_staying_R, left_R + count_in_rows(missing_RE))
-    by_id_RE = ((row == LRU)[:, None] & ~all_come_R1) & (expert >= 0)[None, :]
-    rank_RE = tl.where(by_id_RE, (expert ^ LOWER_FIRST)[None, :], rank_RE)
+    num_chosen_R = tl.where(left_R >= 0, tl.minimum(left_R, num_evictable_R), most_coming_R)
+    is_by_id_R1 = (row == LRU)[:, None] & ~all_come_R1
+    rank_RE = tl.where(is_by_id_R1, (expert ^ LOWER_FIRST)[None, :], rank_RE)
     key_RE = tl.where(tl.where(all_come_R1, evictable_RE, missing_RE), rank_RE, -1)
     chosen_RE = key_RE >= least_of_first(key_RE, num_chosen_R)[:, None]
     return chosen_RE | (held_RE & active_RE) | (missing_RE & all_come_R1)

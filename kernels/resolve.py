@@ -281,7 +281,7 @@ def entry_rank(rank_RE: Tensor) -> Tensor:
 
 def _most_wanted(missing: Tensor, count: int, order: EvictionOrder | None) -> tuple[Tensor, Tensor]:
     """Part the missing experts into those that get a slot and the others, both ascending."""
-    if order is None:
+    if order is None or count == missing.numel():
         return missing[:count], missing[count:]
     rank_RE = entry_rank(order.rank_RE)
     by_rank = torch.argsort(rank_RE[order.row.long()].flatten()[missing], descending=True)

@@ -51,7 +51,7 @@ def _load_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
     engine = building_engine()
     if engine is None or not engine.specs:
         return original(self, *args, **kwargs)
-    _drawn = _Drawn({part.rows_EB.untyped_storage().data_ptr() for part in engine.pool.segments})
+    _drawn = _Drawn(engine.pool.storages())
     try:
         return original(self, *args, **kwargs)
     finally:

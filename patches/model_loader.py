@@ -105,7 +105,7 @@ def _usable_bytes(cache_config: Any, device: torch.device) -> int | None:
 
 def _dense_bytes(model: torch.nn.Module, engine: OffloadEngine) -> int:
     """Bytes of the weights outside the pool; known now, since kernels may put them elsewhere."""
-    pool = {segment.rows_EB.untyped_storage().data_ptr() for segment in engine.pool.segments}
+    pool = engine.pool.storages()
     sizes = {
         weight.data_ptr(): weight.nbytes  # some layers share theirs
         for weight in model.parameters()

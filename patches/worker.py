@@ -231,26 +231,27 @@ def _discard(original: Callable[..., Any], self: Any, tags: tuple[str, ...]) -> 
     return original(self, tags)
 
 
-def _refuse_weights(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _engines(self):
-        raise OffloadError(
-            "weights",
-            "reload",
-            "offloaded experts cannot be replaced while the server runs",
-            "Restart the server with the new checkpoint, or drop --plugin moe-offload",
-        )
-    return original(self, *args, **kwargs)
+def _refusal(action: str, problem: str, remedy: str) -> Callable[..., Any]:
+    """Refuse what cannot be done to the weights of a worker that offloads."""
+
+    def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _engines(self):
+            raise OffloadError("weights", action, problem, remedy)
+        return original(self, *args, **kwargs)
+
+    return refuse
 
 
-def _refuse_saving(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _engines(self):
-        raise OffloadError(
-            "weights",
-            "save_sharded_state",
-            "offloaded experts lie in rows of the host pool, which no other server could load",
-            "Save them from a server without --plugin moe-offload",
-        )
-    return original(self, *args, **kwargs)
+_refuse_weights = _refusal(
+    "reload",
+    "offloaded experts cannot be replaced while the server runs",
+    "Restart the server with the new checkpoint, or drop --plugin moe-offload",
+)
+_refuse_saving = _refusal(
+    "save_sharded_state",
+    "offloaded experts lie in rows of the host pool, which no other server could load",
+    "Save them from a server without --plugin moe-offload",
+)
 
 
 def _shutdown(original: Callable[..., Any], self: Any) -> Any:

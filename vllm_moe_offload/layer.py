@@ -91,7 +91,7 @@ def offload_quantised(method: Any, engine: OffloadEngine, prefix: str) -> None:
     Raises:
         OffloadError: the experts are quantised in a way that cannot be offloaded.
     """
-    scheme = scheme_of(method, prefix, rounds_inputs=_multiplies_e4m3(engine.device))
+    scheme = scheme_of(method, prefix, rounds_inputs=has_e4m3(engine.device))
     _mix(method, QuantisedOffloadMixin, engine, prefix)
     method.offload_scheme = scheme
 
@@ -101,10 +101,6 @@ def _mix(method: Any, mixin: type, engine: OffloadEngine, prefix: str) -> None:
     method.__class__ = type(kind.__name__, (mixin, kind), {})
     method.offload_engine = engine
     method.offload_prefix = prefix
-
-
-def _multiplies_e4m3(device: torch.device) -> bool:
-    return has_e4m3(device)
 
 
 class OffloadMixin(FusedMoEMethodBase):

@@ -68,6 +68,10 @@ class HostPool:
         """Bytes of all segments."""
         return sum(segment.num_bytes for segment in self.segments)
 
+    def storages(self) -> set[int]:
+        """Addresses of the storages of all segments: a tensor in one of these is in the pool."""
+        return {segment.rows_EB.untyped_storage().data_ptr() for segment in self.segments}
+
     def add(
         self,
         name: str,

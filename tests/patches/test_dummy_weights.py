@@ -7,6 +7,7 @@ import torch
 
 from vllm_moe_offload import layer
 from vllm_moe_offload.patches import dummy_weights
+from vllm_moe_offload.pool import HostPool
 
 
 class Module(SimpleNamespace):
@@ -41,8 +42,9 @@ def module():
 def rows(monkeypatch):
     """Rows of three layers in the pool of the engine that is being built."""
     rows = [torch.zeros(2, 64) for _ in range(3)]
-    segments = [SimpleNamespace(rows_EB=row) for row in rows]
-    engine = SimpleNamespace(specs=[1, 2, 3], pool=SimpleNamespace(segments=segments))
+    pool = HostPool()
+    pool.segments = [SimpleNamespace(rows_EB=row) for row in rows]
+    engine = SimpleNamespace(specs=[1, 2, 3], pool=pool)
     monkeypatch.setattr(layer, "building_engine", lambda: engine)
     return rows
 

@@ -55,7 +55,7 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave activations as they are where a format rounds them, as on a GPU without e4m3."""
     from vllm_moe_offload import layer
 
-    monkeypatch.setattr(layer, "_multiplies_e4m3", lambda _: False)
+    monkeypatch.setattr(layer, "has_e4m3", lambda _: False)
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_gptq_through_vllms_other_method(checkpoint, tmp_path, bits):
 
 def test_fp8_rounds_activations(quantised, monkeypatch):
     rounded, _ = run(quantised("fp8"), "fp8", 1.0)
-    monkeypatch.setattr(layer, "_multiplies_e4m3", lambda _: False)
+    monkeypatch.setattr(layer, "has_e4m3", lambda _: False)
     exact, _ = run(quantised("fp8"), "fp8", 1.0)
     apart = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(rounded, exact, strict=True)]
     # Steps of e4m3 are an eighth of a value at most, and many errors of both signs add up.

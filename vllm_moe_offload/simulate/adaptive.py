@@ -20,7 +20,7 @@ from vllm_moe_offload.kernels.candidates import (
     VOTE_FADE,
 )
 from vllm_moe_offload.simulate.cache import Bools, Ints
-from vllm_moe_offload.simulate.ghosts import OWN, GhostCaches, Own
+from vllm_moe_offload.simulate.ghosts import OWN, GhostCaches
 from vllm_moe_offload.simulate.orders import Orders, Ranks
 from vllm_moe_offload.simulate.steps import Step
 
@@ -54,7 +54,7 @@ class AdaptivePolicy:
     def replace(self, step: Step, resident_CLE: Bools, fetched_CLE: Bools) -> tuple[Bools, Ranks]:
         """Rank by what was known before the step, and learn from it for the next."""
         caches, rank_MLE = self._caches, self._orders.before(step)
-        own = self._own(step.number, rank_MLE)
+        score_CLE, by_id_CL = self._score(step.number, rank_MLE)
         # As long as nothing is prefetched a ghost that has empty slots holds what the cache does.
         if self._is_prefetched:
             caches.adopt()
@@ -65,23 +65,25 @@ class AdaptivePolicy:
             self._is_prefetched = True
             caches.put(fetched_CLE)
             hits_CRL = caches.hits(step)
-        caches.admit(step, rank_MLE, own, hits_CRL)
-        return caches.held(OWN).copy(), own.rank_CLE
+        caches.admit(step, rank_MLE, score_CLE, by_id_CL, hits_CRL)
+        return caches.held(OWN).copy(), score_CLE
 
-    def _own(self, number: int, rank_MLE: Ranks) -> Own:
-        """Go by the leader's order where a layer may evict by it, elsewhere as LRU does."""
+    def _score(self, number: int, rank_MLE: Ranks) -> tuple[Ranks, Bools]:
+        """Ranks by the leader's order where a layer may evict by it, elsewhere as LRU does.
+
+        Also tells the layers that go by recency, in which ids decide who gets a slot.
+        """
         lru_CLE, own_CLE = self._caches.held(LRU), self._caches.held(OWN)
         deviations = [np.count_nonzero(deviates_LE) for deviates_LE in lru_CLE & ~own_CLE]
         score_CLE: Ranks = rank_MLE[self._leaders]
         layers = self._layers.size
         by_id_CL = np.repeat(np.array(self._leaders) == LRU, layers).reshape(-1, layers)
-        own = Own(score_CLE, by_id_CL, np.zeros_like(lru_CLE))
         prices = [
             DEVIATION_PRICE * (layers * more + deviation)
             for more, deviation in zip(self._more, deviations, strict=True)
         ]
         if all(price <= balance for price, balance in zip(prices, self._balances, strict=True)):
-            return own
+            return score_CLE, by_id_CL
         # If not all layers may deviate they take turns.
         back_L = layers - 1 - (self._layers + STRIDE * number) % layers
         price_CL = np.array(prices)[:, None] - DEVIATION_PRICE * np.outer(self._more, back_L)
@@ -89,8 +91,7 @@ class AdaptivePolicy:
         lowered = np.int32(_LOWERED) * ~lru_CLE[size, layer]
         score_CLE[size, layer] = rank_MLE[LRU, layer] - lowered
         by_id_CL[size, layer] = True
-        own.first_CLE[size, layer] = lru_CLE[size, layer]
-        return own
+        return score_CLE, by_id_CL
 
     def _note_contested(self, step: Step, hits_CL: Ints) -> None:
         """Note how many slots of a layer, on average, more missing experts competed for."""

@@ -4,30 +4,15 @@ Legend: C cache sizes, M orders, R = M + 1 caches a size, L layers, E experts, A
 and an expert.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from vllm_moe_offload.kernels.candidates import LRU
+from vllm_moe_offload.kernels.candidates import FIRST, LRU
 from vllm_moe_offload.simulate.cache import Bools, Ints, admit
 from vllm_moe_offload.simulate.orders import Ranks
 from vllm_moe_offload.simulate.steps import Step
 
 OWN = -1
 """The last cache of each size is no ghost but the real one."""
-
-
-@dataclass(frozen=True)
-class Own:
-    """What the real caches go by.
-
-    ``rank_CLE`` are ranks below 0 by which they evict. ``by_id_CL`` tells where ids decide who of
-    too many missing experts gets a slot, after those of ``first_CLE``.
-    """
-
-    rank_CLE: Ranks
-    by_id_CL: Bools
-    first_CLE: Bools
 
 
 class GhostCaches:
@@ -76,23 +61,26 @@ class GhostCaches:
         )
         return hits
 
-    def admit(self, step: Step, rank_MLE: Ranks, own: Own, hits_CRL: Ints) -> None:
+    def admit(
+        self, step: Step, rank_MLE: Ranks, own_CLE: Ranks, by_id_CL: Bools, hits_CRL: Ints
+    ) -> None:
         """Give what a step reads slots: each order's of its lowest ranks.
 
         Args:
             step: what is read.
             rank_MLE: ranks below 0 of the orders.
-            own: what the real caches go by.
+            own_CLE: ranks below 0 by which the real caches evict.
+            by_id_CL: where ids decide who of too many missing experts gets one of their slots.
             hits_CRL: as ``hits`` counts them.
         """
         held_CRLE, reads_L = self._held_CRLE, step.block.reads_SL[step.place]
         if reads_L.max() > self._fewest_slots:
-            self._admit_some(step, rank_MLE, own)
+            self._admit_some(step, rank_MLE, own_CLE, by_id_CL)
             return
         # Who is not to be evicted has the key 0, above all ranks.
         evictable_CRLE, key_CRLE = held_CRLE & ~step.active_LE, self._key_CRLE
         np.multiply(evictable_CRLE[:, :OWN], rank_MLE, out=key_CRLE[:, :OWN])
-        np.multiply(evictable_CRLE[:, OWN], own.rank_CLE, out=key_CRLE[:, OWN])
+        np.multiply(evictable_CRLE[:, OWN], own_CLE, out=key_CRLE[:, OWN])
         wanted_CRL = self._num_held_CRL + reads_L - hits_CRL
         self._num_held_CRL = np.minimum(wanted_CRL, self._slots_C11)
         lowest_kept_CRL = self._start_CRL + (wanted_CRL - self._num_held_CRL)
@@ -100,22 +88,25 @@ class GhostCaches:
         held_CRLE &= key_CRLE >= limit_CRL[..., None]
         held_CRLE |= step.active_LE
 
-    def _admit_some(self, step: Step, rank_MLE: Ranks, own: Own) -> None:
+    def _admit_some(self, step: Step, rank_MLE: Ranks, own_CLE: Ranks, by_id_CL: Bools) -> None:
         """Do the same where a layer may read more experts than it has slots."""
         sizes, caches, *shape = self._held_CRLE.shape
-        self._key_CRLE[:, :OWN], self._key_CRLE[:, OWN] = rank_MLE, own.rank_CLE
+        self._key_CRLE[:, :OWN], self._key_CRLE[:, OWN] = rank_MLE, own_CLE
         slots = np.repeat(self._slots_C11.reshape(-1), caches)
         held = self._held_CRLE.reshape(-1, *shape)
-        key, entry = (keys.reshape(held.shape) for keys in (self._key_CRLE, self._entry(own)))
+        entry_CRLE = self._entry(by_id_CL)
+        key, entry = (keys.reshape(held.shape) for keys in (self._key_CRLE, entry_CRLE))
         held = admit(held, step.active_LE, key, slots, entry_LE=entry)
         self._held_CRLE = held.reshape(sizes, caches, *shape)
         self._num_held_CRL = self._held_CRLE.sum(-1)
 
-    def _entry(self, own: Own) -> Ranks:
+    def _entry(self, by_id_CL: Bools) -> Ranks:
         """Ranks by which missing experts compete, as ``kernels.resolve.entry_rank`` has them."""
         entry_CRLE = self._key_CRLE.copy()
         by_id_E = -np.arange(entry_CRLE.shape[-1], dtype=np.int32)
         entry_CRLE[:, LRU] = by_id_E
-        by_id_CLE = by_id_E + np.int32(by_id_E.size) * own.first_CLE
-        entry_CRLE[:, OWN] = np.where(own.by_id_CL[..., None], by_id_CLE, entry_CRLE[:, OWN])
+        own_CLE = entry_CRLE[:, OWN]
+        # Ranks that put an expert behind all others are below those of the orders.
+        by_id_CLE = by_id_E + np.int32(by_id_E.size) * (own_CLE >= -FIRST)
+        own_CLE[:] = np.where(by_id_CL[..., None], by_id_CLE, own_CLE)
         return entry_CRLE
